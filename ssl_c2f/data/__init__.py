@@ -1,0 +1,1 @@
+"""From audio files on disk to batches of waveforms."""

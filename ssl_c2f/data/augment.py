@@ -1,0 +1,54 @@
+"""Augmentation of normalised log-mel spectrograms; every draw belongs to a clip's key.
+
+Legend: B batch, T frames, F mel bins.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_c2f import draws
+from ssl_c2f.options import Options
+
+
+class AugmentOptions(Options):
+    """All off by default. Sizes are physical, so that they mean the same in every phase."""
+
+    mixup_prob: float = Field(0.0, ge=0, le=1, description="share of clips mixed with another one")
+    mixup_alpha: float = Field(10.0, gt=0, description="the share of each is drawn from Beta(alpha, alpha)")
+    freq_mask: int = Field(0, ge=0, description="SpecAugment: a band of up to so many mel bins becomes the mean")
+    time_mask_seconds: float = Field(0.0, ge=0, description="SpecAugment: a stretch of up to so many seconds")
+
+
+def mixup_share(key: Tensor, options: AugmentOptions) -> float:
+    """Weight of the clip itself in the mix; 1 if it is not mixed (Zhang et al., mixup, ICLR 2018)."""
+    if options.mixup_prob == 0 or float(draws.uniform(draws.key(key, "mixup"), 1)) >= options.mixup_prob:
+        return 1.0
+    return float(np.random.default_rng(draws.seed(int(key), "share")).beta(options.mixup_alpha, options.mixup_alpha))
+
+
+def _band(keys: Tensor, name: str, longest: int, length: Tensor | int, size: int) -> Tensor:
+    """(B, size) bool: a band of 0 ... `longest` cells placed anywhere within the first `length`."""
+    width = draws.integers(draws.key(keys, name, "width"), longest + 1)
+    width = torch.minimum(width, torch.as_tensor(length, device=keys.device))
+    start = draws.integers(draws.key(keys, name, "start"), length - width + 1)[:, None]
+    cells = torch.arange(size, device=keys.device)
+    return (cells >= start) & (cells < start + width[:, None])
+
+
+def spec_augment(spec: Tensor, num_frames: Tensor, keys: Tensor, freq_mask: int, time_mask: int) -> Tensor:
+    """Put one frequency band and one stretch of frames to 0, the mean of normalised input (Park et al., 2019).
+
+    Args:
+        spec: (B, T, F). num_frames: (B,) real frames. keys: (B,).
+        freq_mask, time_mask: the longest band, in mel bins and frames.
+    """
+    hidden = torch.zeros(spec.shape[:2], dtype=torch.bool, device=spec.device)[..., None]
+    if time_mask:
+        hidden = hidden | _band(keys, "time", time_mask, num_frames, spec.shape[1])[:, :, None]
+    if freq_mask:
+        hidden = hidden | _band(keys, "frequency", freq_mask, spec.shape[2], spec.shape[2])[:, None]
+    return spec.masked_fill(hidden, 0.0)

@@ -1,0 +1,265 @@
+"""Clips for training and windows for evaluation.
+
+Legend: B batch, S samples, T frames, F mel bins, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_c2f import draws
+from ssl_c2f.data.augment import AugmentOptions, mixup_share
+from ssl_c2f.data.decode import AudioError, read_audio, resampled_length
+from ssl_c2f.data.front_end import Items
+from ssl_c2f.data.manifest import Manifest, read_manifest, scan
+from ssl_c2f.data.sampler import clip_at
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.options import Options, UserError
+
+_REPLACEMENTS = 100  # other clips tried in place of an unreadable one
+_CHUNK = 4096  # frames of a long recording that are computed at a time
+
+
+class DataOptions(Options):
+    """Where the recordings are, which of them are held out, and how they are read."""
+
+    root: str | None = Field(None, description="folder of recordings; with a manifest, what its paths are relative to")
+    manifest: str | None = Field(None, description="CSV or JSONL list of recordings, labels and folds")
+    fold_pattern: str | None = Field(None, description="regular expression whose one group is a file name's fold")
+    val_folds: tuple[int, ...] = Field((), description="folds held out for validation")
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="share held out where no folds are; chosen by path")
+    workers: int = Field(0, ge=0, description="loader processes; unused when the spectrograms are cached")
+    cache_gb: float = Field(4.0, ge=0, description="keep spectrograms in memory if they fit; 0 never does")
+    max_bad_files: int = Field(100, ge=0, description="unreadable files that are skipped before the run stops")
+    statistics_clips: int = Field(2000, ge=1, description="clips that mean and deviation are measured on")
+
+
+def open_manifest(options: DataOptions, progress: Callable[[int, int], object] | None = None) -> Manifest:
+    """The manifest that the options name. Raises UserError."""
+    root = Path(options.root) if options.root else None
+    if options.manifest:
+        return read_manifest(Path(options.manifest), root, progress=progress)
+    if root is None:
+        raise UserError("no audio: give data.root=FOLDER or data.manifest=FILE")
+    return scan(root, fold_pattern=options.fold_pattern, progress=progress)
+
+
+def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int]]:
+    """Clips to train on and clips held out.
+
+    Raises:
+        UserError: a fold that no clip has, or nothing left to train on.
+    """
+    everything = range(len(manifest.clips))
+    if missing := set(options.val_folds) - {clip.fold for clip in manifest.clips}:
+        raise UserError(f"data.val_folds: no clip of {manifest.root} is in fold {min(missing)}")
+    if options.val_folds:
+        held_out = [i for i in everything if manifest.clips[i].fold in options.val_folds]
+    else:
+        limit = int(options.val_fraction * 2**32)
+        digests = (hashlib.sha256(clip.path.encode()).digest() for clip in manifest.clips)
+        held_out = [i for i, digest in enumerate(digests) if int.from_bytes(digest[:4], "big") < limit]
+    training = sorted(set(everything) - set(held_out))
+    if not training:
+        raise UserError(f"no clip of {manifest.root} is left to train on: all are held out")
+    return training, held_out
+
+
+@dataclass(frozen=True)
+class Source:
+    """Crops of a manifest's clips in one geometry: cut from cached spectrograms, or decoded when they are asked for."""
+
+    manifest: Manifest
+    geometry: Geometry
+    cache: dict[int, Tensor] = field(default_factory=dict)  # clip -> (T, F) log-mel of the whole recording, unpooled
+
+    def length(self, clip: int) -> int:
+        """Samples of a clip at the geometry's rate, as its header says."""
+        header = self.manifest.clips[clip]
+        return resampled_length(header.num_samples, header.sample_rate, self.geometry.sample_rate)
+
+    def random_start(self, clip: int, key: Tensor) -> int:
+        step = self.geometry.crop_step
+        places = max(self.length(clip) - self.geometry.clip_samples, 0) // step + 1
+        return int(draws.integers(draws.key(key, "crop"), places)) * step
+
+    def crop(self, clip: int, start: int) -> tuple[Tensor, int]:
+        """(S,) samples or (T, F) log-mel from sample `start` on, padded with 0, and how many samples are real.
+
+        Raises:
+            AudioError: the file cannot be read.
+        """
+        g = self.geometry
+        if clip in self.cache:
+            num_frames = g.raw_frames(g.clip_samples)
+            frames = self.cache[clip][start // g.hop : start // g.hop + num_frames]
+            if not len(frames):
+                raise AudioError(self.path(clip), f"ends before sample {start}")
+            return F.pad(frames, (0, 0, 0, num_frames - len(frames))), min(self.length(clip) - start, g.clip_samples)
+        waveform = read_audio(self.path(clip), g.sample_rate, start, g.clip_samples)
+        return F.pad(waveform, (0, g.clip_samples - len(waveform))), len(waveform)
+
+    def path(self, clip: int) -> Path:
+        return self.manifest.root / self.manifest.clips[clip].path
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(clips, C) of 0 and 1."""
+        column = {name: i for i, name in enumerate(self.manifest.classes)}
+        table = torch.zeros(len(self.manifest.clips), len(column))
+        for row, clip in zip(table, self.manifest.clips, strict=True):
+            row[[column[label] for label in clip.labels]] = 1.0
+        return table
+
+
+def fill_cache(
+    source: Source, clips: Iterable[int], log_mel: Callable[[Tensor], Tensor], gigabytes: float,
+    progress: Callable[[int, int], object] | None = None,
+) -> Source:
+    """The source with the spectrograms of `clips` in memory, or unchanged if they do not fit.
+
+    Args:
+        log_mel: (1, S) -> (1, T, F) without pooling. Files that it cannot be had of are left to be found by `crop`.
+    """
+    clips, g = sorted(clips), source.geometry
+    if sum(g.raw_frames(source.length(clip)) for clip in clips) * g.num_mels * 4 > gigabytes * 1e9:
+        return source
+
+    def compute(clip: int) -> Tensor | None:
+        try:
+            waveform = read_audio(source.path(clip), g.sample_rate)[None]
+        except AudioError:
+            return None
+        starts = range(0, g.raw_frames(waveform.shape[1]), _CHUNK)
+        chunks = [waveform[:, s * g.hop : (s + _CHUNK - 1) * g.hop + g.window] for s in starts]
+        return torch.cat([log_mel(chunk)[0] for chunk in chunks])
+
+    cache: dict[int, Tensor] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for clip, spec in zip(clips, pool.map(compute, clips), strict=True):
+            if spec is not None:
+                cache[clip] = spec
+            if progress:
+                progress(clip, len(clips))
+    return Source(source.manifest, g, cache)
+
+
+class Item(NamedTuple):
+    """One clip on its way to a batch."""
+
+    audio: Tensor
+    num_samples: int
+    clip: int
+    key: Tensor
+    labels: Tensor
+    partner: Item | None = None
+    share: float = 1.0
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+class TrainingClips(Dataset[Item]):
+    """The endless stream of training samples: item p is the p-th sample of the run, whoever asks for it and when."""
+
+    def __init__(self, source: Source, clips: Sequence[int], seed: int, augment: AugmentOptions) -> None:
+        self.source, self.clips, self.seed, self.augment = source, clips, seed, augment
+
+    def __getitem__(self, position: int) -> Item:
+        epoch, place = clip_at(self.seed, position, len(self.clips))
+        key = draws.key(self.seed, epoch, self.clips[place])
+        item = self._readable(self.clips[place], key)
+        share = mixup_share(key, self.augment)
+        if self.augment.mixup_prob == 0:
+            return item
+        if share == 1.0:  # its own partner: batches mix all their clips or none
+            return item._replace(partner=item)
+        other = self.clips[int(draws.integers(draws.key(key, "partner"), len(self.clips)))]
+        partner = self._readable(other, draws.key(key, "partner crop"))
+        return item._replace(partner=partner, share=share, bad=item.bad + partner.bad)
+
+    def _readable(self, clip: int, key: Tensor) -> Item:
+        """A random crop of the clip, or of others drawn from its key while the clip cannot be read."""
+        bad: list[tuple[str, str]] = []
+        for attempt in range(_REPLACEMENTS):
+            try:
+                audio, num_samples = self.source.crop(clip, self.source.random_start(clip, key))
+                return Item(audio, num_samples, clip, key, self.source.labels[clip], bad=tuple(bad))
+            except AudioError as error:
+                bad.append((self.source.manifest.clips[clip].path, error.reason))
+                clip = self.clips[int(draws.integers(draws.key(key, "replacement", attempt), len(self.clips)))]
+        raise UserError(f"{len(bad)} clips in a row cannot be read, the last is {bad[-1][0]}: {bad[-1][1]}")
+
+
+class Windows(Dataset[Item | tuple[str, str]]):
+    """Consecutive windows of clips, in order; an unreadable one is (path, reason).
+
+    Windows of a full clip's length cover a clip to its end, the last one padded; at most `per_clip` of them are taken,
+    spread evenly.
+    """
+
+    def __init__(self, source: Source, clips: Sequence[int], seed: int, per_clip: int | None = None) -> None:
+        self.source, self.seed = source, seed
+        self.windows = [(clip, start) for clip in clips for start in self._starts(clip, per_clip)]
+
+    def _starts(self, clip: int, per_clip: int | None) -> list[int]:
+        g = self.source.geometry
+        length = max(g.clip_samples // g.crop_step, 1) * g.crop_step
+        count = max(1, -(-(self.source.length(clip) - g.window) // length))
+        if per_clip is None or count <= per_clip:
+            return [i * length for i in range(count)]
+        return [(2 * i + 1) * count // (2 * per_clip) * length for i in range(per_clip)]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, window: int) -> Item | tuple[str, str]:
+        clip, start = self.windows[window]
+        try:
+            audio, num_samples = self.source.crop(clip, start)
+        except AudioError as error:
+            return self.source.manifest.clips[clip].path, error.reason
+        return Item(audio, num_samples, clip, draws.key(self.seed, clip, start), self.source.labels[clip])
+
+
+def collate(items: Sequence[Item | tuple[str, str]]) -> Items | None:
+    """Stack what could be read; None if nothing could."""
+    good = [item for item in items if isinstance(item, Item)]
+    bad = tuple(item for item in items if not isinstance(item, Item))
+    if not good:
+        return None
+    partners = [item.partner for item in good if item.partner is not None]
+    return Items(
+        audio=torch.stack([item.audio for item in good]),
+        num_samples=torch.tensor([item.num_samples for item in good]),
+        index=torch.tensor([item.clip for item in good]),
+        keys=torch.stack([item.key for item in good]),
+        labels=torch.stack([item.labels for item in good]),
+        partner=collate(partners) if partners else None,
+        share=torch.tensor([item.share for item in good]) if partners else None,
+        bad=bad + tuple(pair for item in good for pair in item.bad),
+    )
+
+
+def make_loader(dataset: Dataset[Item], batches: Iterable[Sequence[int]], workers: int) -> DataLoader[Items]:
+    """A loader that leaves the global generator alone (torch's own draws its workers' seed from it)."""
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )  # type: ignore[call-overload, no-any-return]
+
+
+def in_batches(count: int, size: int) -> list[range]:
+    """0 ... count - 1 in consecutive batches."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]

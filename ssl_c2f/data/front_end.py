@@ -1,0 +1,136 @@
+"""From the audio that a loader hands over to the batch that an objective learns from, on the device.
+
+Legend: B batch, S samples, T frames, F mel bins, N tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_c2f import draws
+from ssl_c2f.compress import pool_time
+from ssl_c2f.data.augment import AugmentOptions, spec_augment
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import Mask, Shape, draw_mask
+from ssl_c2f.spectrogram import Fbank
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a loader hands over: crops, as samples (B, S) or, from the cache, as unpooled log-mel (B, T, F)."""
+
+    audio: Tensor
+    num_samples: Tensor  # (B,) real samples of the crop
+    index: Tensor  # (B,) clip of the set
+    keys: Tensor  # (B,) of (seed, epoch, clip)
+    labels: Tensor  # (B, C) of 0 and 1; C is 0 in an unlabelled set
+    partner: Items | None = None  # what each clip is mixed with ...
+    share: Tensor | None = None  # ... and (B,) the weight of the clip itself
+    bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of files that could not be read and were replaced
+
+    def to(self, device: torch.device) -> Items:
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, partner=self.partner and self.partner.to(device))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees."""
+
+    spec: Tensor  # (B, T, F) normalised; 0 in padding
+    num_frames: Tensor  # (B,) real frames
+    index: Tensor
+    keys: Tensor
+    labels: Tensor
+    geometry: Geometry
+    short: bool  # some clip has fewer columns of tokens than a full-length one
+    masks: tuple[Mask, ...] = ()
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """(B, N) bool, False where a token is padding; None if no token is, so that attention needs no mask."""
+        if not self.short:
+            return None
+        columns = torch.arange(self.geometry.columns, device=self.spec.device)
+        real = columns < self.geometry.tokens_t(self.num_frames)[:, None]
+        return real.repeat(1, self.geometry.grid_f)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Input statistics of one geometry: the input is (x - mean) / (factor std)."""
+
+    mean: float
+    std: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How to draw the masks of a step."""
+
+    shape: Shape
+    ratio: float
+    size: tuple[int, int]
+    views: int = 1
+
+
+class FrontEnd(nn.Module):
+    """Filterbank, compression, normalisation, augmentation and masks of one geometry."""
+
+    def __init__(self, geometry: Geometry, statistics: Statistics) -> None:
+        super().__init__()
+        g = self.geometry = geometry
+        self.statistics = statistics
+        self.fbank = Fbank(g.sample_rate, g.hop, g.window, g.num_mels, g.f_min, g.f_max)
+
+    def log_mel(self, audio: Tensor) -> Tensor:
+        """(B, S) -> (B, T, F) before pooling; what comes as (B, T, F) is that already."""
+        if audio.ndim == 3:
+            return audio
+        return self.fbank(F.pad(audio, (0, max(0, self.geometry.window - audio.shape[1]))))
+
+    def spectrogram(self, audio: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) or (B, T, F), (B,) -> log-mel (B, T, F) compressed but not normalised, and (B,) its real frames."""
+        g, spec = self.geometry, self.log_mel(audio)
+        if g.pool_kind != "none":
+            spec = pool_time(spec, g.raw_frames(num_samples), g.pool, g.pool_kind)
+        return spec, g.frames(num_samples)
+
+    def _input(self, items: Items) -> tuple[Tensor, Tensor]:
+        """Normalised, padded with 0 to the geometry's frames."""
+        spec, num_frames = self.spectrogram(items.audio, items.num_samples)
+        spec = (spec - self.statistics.mean) / (self.statistics.factor * self.statistics.std)
+        spec = F.pad(spec, (0, 0, 0, self.geometry.num_frames - spec.shape[1]))
+        frames = torch.arange(spec.shape[1], device=spec.device)
+        return spec.masked_fill((frames >= num_frames[:, None])[..., None], 0.0), num_frames
+
+    @torch.no_grad()
+    def forward(self, items: Items, masking: Masking | None = None, augment: AugmentOptions | None = None) -> Batch:
+        g = self.geometry
+        spec, num_frames = self._input(items)
+        labels = items.labels
+        if items.partner is not None and items.share is not None:
+            other, other_frames = self._input(items.partner)
+            spec = torch.lerp(other, spec, items.share[:, None, None])
+            labels = torch.lerp(items.partner.labels, labels, items.share[:, None])
+            num_frames = torch.where(items.share < 1, torch.maximum(num_frames, other_frames), num_frames)
+        if augment is not None and (augment.freq_mask or augment.time_mask_seconds):
+            time_mask = round(augment.time_mask_seconds * g.sample_rate / g.crop_step)
+            spec = spec_augment(spec, num_frames, items.keys, augment.freq_mask, time_mask)
+        short = bool((g.tokens_t(num_frames) < g.columns).any())
+        batch = Batch(spec, num_frames, items.index, items.keys, labels, g, short)
+        if masking is None:
+            return batch
+        masks = tuple(
+            draw_mask(
+                draws.key(items.keys, "mask", view), g.grid, g.tokens_t(num_frames), masking.shape, masking.ratio, masking.size
+            )
+            for view in range(masking.views)
+        )
+        return replace(batch, masks=masks)

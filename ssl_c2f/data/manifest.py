@@ -1,0 +1,212 @@
+"""Which clips a data set holds: found in a folder, or listed in a CSV or JSONL file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from ssl_c2f.data.decode import AudioError, read_header
+from ssl_c2f.options import UserError
+from ssl_c2f.run import write_text
+
+ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+_COLUMNS = ("path", "label", "labels", "fold", "num_samples", "sample_rate", "channels")
+_ESC_FOLD = r"^(\d)-\d+-[A-Z]"  # the file names of ESC-10 and ESC-50: 1-100032-A-0.wav is in fold 1
+
+Progress = Callable[[int, int], object]  # called with (files read, files in all)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One audio file. `num_samples` counts at the file's own `sample_rate`."""
+
+    path: str  # relative to the manifest's root, with forward slashes
+    labels: tuple[str, ...] = ()  # empty: unlabelled
+    fold: int | None = None
+    num_samples: int = 0
+    sample_rate: int = 0
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The usable clips under `root`, sorted by path, their classes, sorted, and (path, reason) of the bad files."""
+
+    root: Path
+    clips: tuple[Clip, ...]
+    classes: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+def scan(root: Path, *, fold_pattern: str | None = None, progress: Progress | None = None) -> Manifest:
+    """Every audio file under `root` that is not hidden. Its label is its folder's path below `root` (in `root`: none).
+
+    The fold is what the one group of `fold_pattern` matches in the file name; without a pattern, ESC's naming is
+    recognised where every file follows it.
+
+    Raises:
+        UserError: no such folder, no usable audio in it, or a pattern that finds no fold.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: " + ("not a folder" if root.exists() else "no such folder"))
+    found = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    files = sorted(file for file in found if not any(part.startswith(".") for part in file.parts))
+    if not files:
+        raise UserError(f"{root}: no audio found (looked for {', '.join(ENDINGS)})")
+    folds = _folds([file.name for file in files], fold_pattern)
+    labels = [() if file.parent == Path() else (file.parent.as_posix(),) for file in files]
+    return _checked(root, list(map(Clip, map(Path.as_posix, files), labels, folds)), progress)
+
+
+def read_manifest(file: Path, root: Path | None = None, *, progress: Progress | None = None) -> Manifest:
+    """The clips that a CSV or JSONL file lists, with paths relative to `root` (default: the file's own folder).
+
+    Columns: path; label or labels (several: separated by ';', or a list in JSONL); fold; and, to spare reading every
+    header, all of num_samples, sample_rate and channels. All but path are optional. Missing audio is `bad`.
+
+    Raises:
+        UserError: no such file, not in this form (says where), or no usable audio.
+    """
+    rows = _read_rows(file)
+    unknown = {column for _, row in rows for column in row} - set(_COLUMNS)
+    if unknown:
+        raise UserError(f"{file}: unknown column {min(unknown)!r} (known: {', '.join(_COLUMNS)})")
+    clips: dict[str, Clip] = {}
+    for line, row in rows:
+        try:
+            clip = _clip(row)
+        except ValueError as error:
+            raise UserError(f"{file}, line {line}: {error}") from None
+        if clip.path in clips:
+            raise UserError(f"{file}, line {line}: {clip.path} is listed twice")
+        clips[clip.path] = clip
+    if not clips:
+        raise UserError(f"{file}: lists no clips")
+    return _checked(root or file.parent, list(clips.values()), progress)
+
+
+def write_manifest(manifest: Manifest, file: Path) -> None:
+    """Write the clips as CSV or JSONL, by the file's ending; `read_manifest` gives them back.
+
+    Raises:
+        UserError: another ending, or a label that CSV cannot hold.
+    """
+    if _is_jsonl(file):
+        write_text(file, "".join(json.dumps(asdict(clip)) + "\n" for clip in manifest.clips))
+        return
+    if odd := [name for name in manifest.classes if ";" in name or name != name.strip()]:
+        raise UserError(f"{file}: label {odd[0]!r} does not fit into CSV; write .jsonl")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [column for column in _COLUMNS if column != "label"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(clip) | {"labels": ";".join(clip.labels)} for clip in manifest.clips)
+    write_text(file, table.getvalue())
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """A SHA-256 of the clips, whatever their order and wherever their root."""
+    rows = sorted(json.dumps(asdict(clip)) for clip in manifest.clips)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _folds(names: Sequence[str], pattern: str | None) -> list[int | None]:
+    try:
+        matches = [re.search(pattern or _ESC_FOLD, name) for name in names]
+        folds = [int(match[1]) if match else None for match in matches]
+    except (re.error, IndexError, ValueError, TypeError):
+        raise UserError(f"fold pattern {pattern!r}: needs one group that matches a number") from None
+    if pattern is None:
+        return folds if None not in folds else [None] * len(names)
+    if not any(matches):
+        raise UserError(f"fold pattern {pattern!r}: matches no file name, for example not {names[0]!r}")
+    return folds
+
+
+def _checked(root: Path, listed: Sequence[Clip], progress: Progress | None) -> Manifest:
+    """Set the bad files apart and read missing headers, on threads because they wait for the disk."""
+
+    def check(clip: Clip) -> Clip | AudioError:
+        try:
+            known = clip.num_samples and clip.sample_rate and clip.channels and (root / clip.path).is_file()
+            return clip if known else replace(clip, **read_header(root / clip.path)._asdict())
+        except AudioError as error:
+            return error
+
+    clips, bad = [], []
+    with ThreadPoolExecutor(16) as pool:
+        for index, result in enumerate(pool.map(check, listed)):
+            if isinstance(result, Clip):
+                clips.append(result)
+            else:
+                bad.append((listed[index].path, result.reason))
+            if progress:
+                progress(index + 1, len(listed))
+    if not clips:
+        raise UserError(f"{root}: none of {len(bad)} audio files can be used; {bad[0][0]}: {bad[0][1]}")
+    classes = sorted({label for clip in clips for label in clip.labels})
+    return Manifest(root, tuple(sorted(clips, key=lambda clip: clip.path)), tuple(classes), tuple(sorted(bad)))
+
+
+def _is_jsonl(file: Path) -> bool:
+    if file.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"{file}: a manifest ends in .csv or .jsonl")
+    return file.suffix == ".jsonl"
+
+
+def _read_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a table, each with the number of the line it ends on."""
+    read = _json_rows if _is_jsonl(file) else _csv_rows
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:  # -sig: spreadsheets write a byte order mark
+            return list(read(lines))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _csv_rows(lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines, restkey="(too many cells)", strict=True)
+    return ((reader.line_num, row) for row in reader)
+
+
+def _json_rows(lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ValueError(f"line {number}: not JSON ({error})") from None
+        if row is not None and not isinstance(row, dict):
+            raise ValueError(f"line {number}: not a JSON object")
+        if row:
+            yield number, row
+
+
+def _clip(row: dict[str, Any]) -> Clip:
+    """A clip from one row of text (CSV) or values (JSON). Raises ValueError."""
+    path = row.get("path")
+    if not isinstance(path, str) or not path:
+        raise ValueError("no path")
+    labels = row.get("labels") or row.get("label") or ()
+    if isinstance(labels, str):
+        labels = [name.strip() for name in labels.split(";") if name.strip()]
+    if not isinstance(labels, list | tuple) or not all(isinstance(name, str) for name in labels):
+        raise ValueError(f"labels {labels!r} are not text")
+    numbers = {name: _whole(name, row.get(name)) for name in ("fold", "num_samples", "sample_rate", "channels")}
+    return Clip(path, tuple(labels), numbers.pop("fold"), **{name: value or 0 for name, value in numbers.items()})
+
+
+def _whole(name: str, value: object) -> int | None:
+    if value is None or value == "":
+        return None
+    if not str(value).strip().isdecimal():
+        raise ValueError(f"{name} {value!r} is not a whole number")
+    return int(str(value))

@@ -1,0 +1,337 @@
+"""The loop: one for masked pretraining, supervised training and fine-tuning.
+
+Everything that is random is drawn from (seed, clip, step), so a checkpoint holds the step and no generator's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssl_c2f import checkpoint, distributed, draws, optim
+from ssl_c2f import options as option_files
+from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.dataset import TrainingClips, make_loader
+from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
+from ssl_c2f.data.manifest import fingerprint
+from ssl_c2f.data.sampler import micro_batches, positions
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.objectives import StepResult
+from ssl_c2f.options import UserError
+from ssl_c2f.phases import Phase, Place, learning_rate
+from ssl_c2f.progress import Progress
+from ssl_c2f.recipe import RunOptions, make_plan
+from ssl_c2f.run import RunFolder, write_text
+from ssl_c2f.signals import Interrupted, Stop
+from ssl_c2f.tracking import Tracker
+from ssl_c2f.training import Run, Training, Weights, build, carry_over, prepare, save, start
+from ssl_c2f.validate import at_full_resolution, validate
+
+# What may change when a run is resumed: where it runs and how it is watched, never what it computes.
+MAY_CHANGE = (
+    "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
+    "train.device", "train.max_batch_per_device", "train.compile", "train.rehearse", "train.log_every",
+    "train.checkpoint_every", "train.keep", "train.max_nonfinite",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step gave."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    grad_norm: float
+    lr: float
+    waited: float  # seconds for data
+
+
+def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], front_end: FrontEnd) -> Step:
+    """One step of the optimiser over the device's share of the global batch, in micro-batches."""
+    o, device, phase = run.options, run.dist.device, place.phase
+    lr = learning_rate(place, min_lr_ratio=o.optim.min_lr_ratio, schedule=o.optim.schedule)
+    optim.set_learning_rate(t.optimizer, lr)
+    torch.manual_seed(draws.seed(o.seed, t.step, run.dist.rank, "step"))  # drop path draws from torch's own generator
+    sizes = micro_batches(phase.batch_size // run.dist.world, o.train.max_batch_per_device)
+    waited, results = 0.0, []
+    for i, size in enumerate(sizes):
+        began = time.perf_counter()
+        items = _next(loader)
+        waited += time.perf_counter() - began
+        run.corpus.bad.add(items.bad)
+        batch = front_end(items.to(device), o.masking(phase, t.objective), o.augment)
+        with _no_sync(t.model, i < len(sizes) - 1), _autocast(run):
+            result: StepResult = t.model(batch)
+        share = size / sum(sizes)
+        with _no_sync(t.model, i < len(sizes) - 1):
+            (result.loss * share).backward()
+        results.append({name: value.detach() * share for name, value in {"loss": result.loss, **result.metrics}.items()})
+    norm = float(nn.utils.clip_grad_norm_(t.objective.parameters(), o.optim.clip_norm))
+    if math.isfinite(norm):
+        t.optimizer.step()
+        _update_ema(t, o.ema)
+        t.objective.after_step(place.u)
+    else:
+        t.skipped += 1
+        if t.skipped > o.train.max_nonfinite:
+            good = checkpoint.newest(run.phase_folder(phase).checkpoints)
+            raise UserError(f"{t.skipped} steps had a non-finite loss; the last good checkpoint is {good or 'none yet'}")
+    t.optimizer.zero_grad(set_to_none=True)
+    t.step += 1
+    mean = {name: torch.stack([r[name] for r in results]).sum() for name in results[0]}
+    return Step(mean.pop("loss"), mean, norm, lr, waited)
+
+
+def _next(loader: Iterator[Items]) -> Items:
+    try:
+        return next(loader)
+    except UserError as error:  # from a worker it comes with the worker's traceback
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ssl_c2f.options.UserError: ")) from None
+
+
+def _no_sync(model: nn.Module, active: bool) -> contextlib.AbstractContextManager[None]:
+    if active and isinstance(model, DistributedDataParallel):
+        return model.no_sync()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+def _autocast(run: Run) -> torch.autocast:
+    return torch.autocast(run.dist.device.type, torch.bfloat16, enabled=run.options.train.precision == "bf16")
+
+
+@torch.no_grad()
+def _update_ema(t: Training, decay: float) -> None:
+    """A shorter memory at first, so that the random start is forgotten."""
+    if t.ema is not None:
+        decay = min(decay, (1 + t.step) / (10 + t.step))
+        torch._foreach_lerp_(list(t.ema.values()), list(t.objective.state_dict().values()), 1 - decay)
+
+
+def train_phase(run: Run, phase: Phase) -> None:
+    """Take one phase from where it stands on disk to its end.
+
+    Raises:
+        Interrupted: a signal came; the state was saved. UserError: too many non-finite steps or unreadable files.
+    """
+    with Progress(
+        phase.name, phase.index, len(run.curriculum.phases), start=phase.first_step, stop=phase.last_step,
+        enabled=run.dist.is_main,
+    ) as progress:
+        t = start(run, phase, progress.note)
+        tracker = make_tracker(run, phase, t.step, progress.note)
+        try:
+            _train(run, phase, t, tracker, progress)
+        finally:
+            if tracker:
+                tracker.finish()
+    if run.dist.is_main:
+        run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
+    run.dist.barrier()
+
+
+def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progress: Progress) -> None:
+    o, geometry, corpus = run.options, run.options.geometries[phase.index], run.corpus
+    front_end = corpus.front_end(geometry).to(run.dist.device)
+    clips = TrainingClips(corpus.source(geometry), corpus.training, o.seed, o.augment)
+    batches = positions(
+        run.curriculum, t.step, phase.last_step, run.dist.rank, run.dist.world, o.train.max_batch_per_device
+    )
+    loader = iter(make_loader(clips, list(batches), corpus.workers(geometry)))
+    all_flops = run.counters(run.curriculum.steps)["flops"]
+    while t.step < phase.last_step:
+        began = time.perf_counter()
+        step = train_step(run, t, run.curriculum.lookup(t.step), loader, front_end)
+        last = t.step == phase.last_step
+        log = last or t.step % o.train.log_every == 0
+        loss = float(run.dist.sum(step.loss)) / run.dist.world if log else math.nan
+        seconds = time.perf_counter() - began
+        t.train_seconds += seconds
+        counters = run.counters(t.step)
+        axes = {"phase": phase.name, "step": t.step, **counters, "train_seconds": t.train_seconds}
+        rate, wait = phase.batch_size / seconds, step.waited / seconds
+        if log and tracker:
+            tracker.log(axes | {
+                "loss": loss, **{name: float(value) for name, value in step.metrics.items()}, "lr": step.lr,
+                "grad_norm": step.grad_norm, "mask_ratio": phase.mask_ratio, "skipped": t.skipped,
+                "clips_per_second": rate, "data_wait": wait,
+            })
+            progress.update(
+                t.step, loss=loss, lr=step.lr, clips_per_second=rate, wait=wait, run_done=counters["flops"] / all_flops
+            )
+        if o.evaluation.every and (last or _validation_due(run, t.step)):
+            _validate(run, t, geometry, tracker, axes, progress.note)
+        stopped = run.dist.any_rank(bool(run.stop.signum))
+        if last or stopped or t.step % o.train.checkpoint_every == 0:
+            save(run, phase, t)
+        if stopped and not last:
+            raise Interrupted(run.stop.signum or signal.SIGTERM, t.step)
+
+
+def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object]) -> Tracker | None:
+    """The main process's tracker of one phase; metrics.jsonl is cut back to `step`."""
+    if not run.dist.is_main:
+        return None
+    name = run.options.objective.name
+    kind = "pretrain" if name != "supervised" else "finetune" if run.initial else "train"
+    return Tracker(
+        run.folder.path, run.options.tracking, config=run.options.model_dump(mode="json"),
+        group=run.folder.path.name, job_type=f"{kind}/{phase.name}", run_id_file=run.phase_folder(phase).wandb_id,
+        resume_step=step, note=note,
+    )
+
+
+def _validation_due(run: Run, step: int) -> bool:
+    """Whether a multiple of `evaluation.every` epochs lies within the last step."""
+    interval = run.options.evaluation.every * len(run.corpus.training)
+    return run.curriculum.samples(step) // interval > run.curriculum.samples(step - 1) // interval
+
+
+def _validate(
+    run: Run, t: Training, geometry: Geometry, tracker: Tracker | None, axes: dict[str, float | str],
+    note: Callable[[str], object],
+) -> None:
+    """Rank 0 validates while the others wait."""
+    if tracker:
+        state = t.ema if t.ema is not None else t.objective.state_dict()
+        device = run.dist.device
+        fine = at_full_resolution(run.options, state, geometry, run.corpus.num_classes, device)
+        result = validate(fine, run.options, run.corpus, device)
+        tracker.log(axes | result)
+        note(f"step {t.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    run.dist.barrier()
+
+
+def rehearse(run: Run, phases: Collection[Phase]) -> None:
+    """Run one micro-batch of noise through every phase and boundary, backward and optimiser step included, and throw
+    all of it away: what does not fit or cannot work fails now. No weight, generator or counter of the run is touched.
+
+    Raises:
+        UserError: a phase does not fit into memory.
+    """
+    o, device, before = run.options, run.dist.device, None
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        for phase in sorted(phases, key=lambda p: p.index):
+            size = micro_batches(phase.batch_size // run.dist.world, o.train.max_batch_per_device)[-1]
+            try:
+                t = prepare(run, build(run, phase), 0)
+                if before:
+                    carry_over(t, before.objective.state_dict(), before.ema, before.geometry, o.geometries[phase.index])
+                front_end = FrontEnd(o.geometries[phase.index], Statistics(0.0, 1.0)).to(device)
+                place = Place(phase.index, replace(phase, batch_size=size * run.dist.world), 0.0, 0.0)
+                train_step(run, t, place, iter([_noise(run, phase, size)]), front_end)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"phase {phase.name} does not fit into memory with {size} clips at a time: "
+                    f"set train.max_batch_per_device below {size}"
+                ) from None
+            before = t
+
+
+def _noise(run: Run, phase: Phase, size: int) -> Items:
+    generator = torch.Generator().manual_seed(phase.index)
+    samples, classes = run.options.geometries[phase.index].clip_samples, run.corpus.num_classes
+    items = Items(
+        audio=torch.randn(size, samples, generator=generator), num_samples=torch.full((size,), samples),
+        index=torch.arange(size), keys=draws.key(phase.index, torch.arange(size)),
+        labels=torch.eye(max(classes, 1))[torch.arange(size) % max(classes, 1)][:, :classes],
+    )
+    if not run.options.augment.mixup_prob:
+        return items
+    return Items(**{**vars(items), "partner": items, "share": torch.full((size,), 0.5)})
+
+
+def open_run(
+    options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None, corpus: Corpus | None
+) -> Run:
+    """Open or create a run folder, its recordings, statistics and plan.
+
+    Raises:
+        UserError: the folder holds another run, there is no audio, or the options do not fit it.
+    """
+    for phase in options.phases:
+        if phase.batch_size % dist.world:
+            raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {dist.world} processes")
+    folder = RunFolder(path)
+    if dist.is_main and folder.config.exists():
+        folder.check_config(option_files.dump(options), MAY_CHANGE)
+    if corpus is None:
+        corpus = Corpus.open(options.data, options.seed, path, main=dist.is_main)
+    if initial:
+        corpus.given.update(initial.statistics)
+    _check_labels(options, corpus)
+    curriculum = options.curriculum(len(corpus.training), corpus.num_classes)
+    if dist.is_main:
+        RunFolder.create(path, option_files.dump(options))
+        _check_recordings(path / "recordings.json", corpus)
+        plan = make_plan(options, len(corpus.training), corpus.num_classes)
+        write_text(folder.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
+        for geometry in {*options.geometries, options.fine_geometry}:
+            corpus.statistics(geometry)
+    dist.barrier()
+    return Run(options, folder, corpus, curriculum, dist, initial, stop)
+
+
+def _check_labels(options: RunOptions, corpus: Corpus) -> None:
+    if options.objective.name != "supervised":
+        return
+    clips = corpus.manifest.clips
+    unlabelled = [clips[i].path for i in corpus.training if not clips[i].labels]
+    several = [clips[i].path for i in corpus.training if len(clips[i].labels) > 1]
+    if unlabelled:
+        raise UserError(f"{len(unlabelled)} training clips have no label, the first is {unlabelled[0]}")
+    if several and options.objective.labels == "single":
+        raise UserError(f"{several[0]} has several labels: set objective.labels=multi")
+
+
+def _check_recordings(file: Path, corpus: Corpus) -> None:
+    """Refuse to resume on other recordings: the order of samples, and so the run, would be another."""
+    facts = {
+        "fingerprint": fingerprint(corpus.manifest), "clips": len(corpus.manifest.clips),
+        "training": len(corpus.training), "held_out": len(corpus.held_out), "classes": list(corpus.manifest.classes),
+    }
+    if not file.exists():
+        write_text(file, json.dumps(facts, indent=1) + "\n")
+    elif (before := json.loads(file.read_text())) != facts:
+        raise UserError(
+            f"the recordings changed since {file.parent} was begun ({before['clips']} clips then, {facts['clips']} now); "
+            "use another run_dir"
+        )
+
+
+def run(
+    options: RunOptions, path: Path, *, initial: Weights | None = None, corpus: Corpus | None = None,
+    only: Collection[str] | None = None, stop: Stop | None = None,
+) -> RunFolder:
+    """Do a run, or go on with it: the phases that are not done yet, in order (of those named in `only`).
+
+    Raises:
+        Interrupted: SIGINT, SIGTERM or `stop` ended it; calling again goes on. UserError: see `open_run`.
+    """
+    device = None if options.train.device == "auto" else options.train.device
+    dist, stop = distributed.init(device), stop or Stop()
+    lock = RunFolder(path).lock() if dist.is_main else contextlib.nullcontext()
+    try:
+        with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
+            job = open_run(options, path, dist, stop, initial, corpus)
+            wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
+            todo = [p for p in wanted if not job.phase_folder(p).is_done()]
+            if dead:
+                print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
+            if options.train.rehearse:
+                rehearse(job, todo)
+            for phase in todo:
+                train_phase(job, phase)
+    finally:
+        dist.close()
+    return job.folder

@@ -1,0 +1,189 @@
+"""Time factor -> frames, grid, tokens. Everything that has a size asks this file; nobody else divides.
+
+Legend: C time factor; T frames; F mel bins; (F', T') grid of tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ssl_c2f.options import Options
+
+Compression = Literal["frame_shift", "pool_mean", "pool_max", "patch"]
+Count = TypeVar("Count", int, Tensor)
+
+
+class AudioOptions(Options):
+    """How a recording becomes a log-mel spectrogram at time factor 1."""
+
+    sample_rate: int = Field(16000, ge=1000, le=1_000_000, description="Hz; recordings of other rates are resampled")
+    clip_seconds: float = Field(10.0, gt=0, le=3600, description="longer recordings are cropped, shorter ones padded")
+    num_mels: int = Field(128, ge=4)
+    f_min: float = Field(20.0, ge=0, description="Hz")
+    f_max: float = Field(0.0, ge=0, description="Hz; 0 is the Nyquist frequency")
+    hop_ms: float = Field(10.0, gt=0, description="frame shift")
+    window_ms: float = Field(25.0, gt=0)
+    window: Literal["fixed", "grow"] = Field("fixed", description="grow: the window widens with the frame shift")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AudioOptions:
+        nyquist = self.sample_rate / 2
+        if not self.f_min < (self.f_max or nyquist) <= nyquist:
+            raise ValueError(f"f_min {self.f_min:g} < f_max {self.f_max:g} <= {nyquist:g} Hz (half of sample_rate) fails")
+        if self.clip_seconds * 1000 < self.window_ms:
+            raise ValueError(f"clip_seconds {self.clip_seconds:g} is shorter than one window of {self.window_ms:g} ms")
+        if int(self.sample_rate * self.hop_ms / 1000) < 1:
+            raise ValueError(f"hop_ms {self.hop_ms:g} is less than one sample at {self.sample_rate} Hz")
+        return self
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one phase. Times are in samples, frequencies in Hz; frames are counted after compression.
+
+    A grid column is real if any frame of a full-length clip falls into it; the columns behind those exist so that the
+    grids of all phases cover the same span, and no model ever computes them.
+    """
+
+    sample_rate: int
+    clip_samples: int
+    hop: int
+    window: int
+    num_mels: int
+    f_min: float
+    f_max: float
+    num_frames: int  # padded: grid_t * patch_t
+    pool: int
+    pool_kind: Literal["none", "mean", "max"]
+    patch_f: int
+    patch_t: int
+    grid_f: int
+    grid_t: int
+    time_factor: int
+    unit_mels: int  # positions are counted in patches of the fine phase: so many mel bins ...
+    unit_samples: int  # ... by so many samples
+
+    @cached_property
+    def columns(self) -> int:
+        """Real columns of tokens in a full-length clip."""
+        return self.tokens_t(self.frames(self.clip_samples))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(F', T') of the tokens that are computed."""
+        return self.grid_f, self.columns
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a full-length clip."""
+        return self.grid_f * self.columns
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_f * self.patch_t
+
+    @property
+    def hop_ms(self) -> float:
+        return 1000 * self.hop / self.sample_rate
+
+    @property
+    def window_ms(self) -> float:
+        return 1000 * self.window / self.sample_rate
+
+    def raw_frames(self, num_samples: Count) -> Count:
+        """Frames before pooling (Kaldi's snip_edges; a clip shorter than the window is padded to one frame)."""
+        return 1 + _at_least(num_samples - self.window, 0) // self.hop
+
+    def frames(self, num_samples: Count) -> Count:
+        """Real frames of a clip of so many samples; a pooled frame is real if any frame in it is."""
+        return -(-self.raw_frames(num_samples) // self.pool)
+
+    def tokens_t(self, num_frames: Count) -> Count:
+        """Real columns of tokens of a clip of so many real frames."""
+        return -(-num_frames // self.patch_t)
+
+    @property
+    def crop_step(self) -> int:
+        """Crops start at multiples of this many samples, so that a crop's spectrogram is a crop of the spectrogram."""
+        return self.hop * self.pool
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Centres of the grid's rows (F',) and of all its columns (T',), in patches of the fine phase.
+
+        Column j at time factor C stands at C j + (C - 1) / 2: the mean of the fine columns that it covers.
+        """
+        rows = (torch.arange(self.grid_f) + 0.5) * (self.patch_f / self.unit_mels) - 0.5
+        span = self.patch_t * self.pool * self.hop / self.unit_samples
+        return rows, (torch.arange(self.grid_t) + 0.5) * span - 0.5
+
+    def digest(self) -> str:
+        """Short name of what a recording's spectrogram depends on: its statistics are kept under it."""
+        fields = ("sample_rate", "hop", "window", "num_mels", "f_min", "f_max", "pool", "pool_kind")
+        text = json.dumps([getattr(self, f) for f in fields])
+        return f"hop{self.hop}-pool{self.pool}{self.pool_kind}-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def to_dict(self) -> dict[str, int | float | str]:
+        return asdict(self)
+
+
+def _at_least(count: Count, low: int) -> Count:
+    return max(count, low) if isinstance(count, int) else count.clamp(min=low)
+
+
+def make_geometry(
+    audio: AudioOptions, compression: Compression, patch: tuple[int, int], time_factor: int = 1, *, multiple: int = 1,
+    unit: tuple[int, int] | None = None,
+) -> Geometry:
+    """The geometry of one phase.
+
+    Args:
+        patch: (mel bins, frames) of a patch at time factor 1.
+        multiple: the padded clip is a multiple of so many fine frames, so that the grids of all phases agree.
+        unit: the patch that positions are counted in; by default `patch`.
+
+    Raises:
+        ValueError: the patch does not divide the mel bins.
+    """
+    (patch_f, patch_t), (unit_f, unit_t) = patch, unit or patch
+    if audio.num_mels % patch_f:
+        raise ValueError(f"patch_f {patch_f} does not divide num_mels {audio.num_mels}")
+    fine_hop = int(audio.sample_rate * audio.hop_ms / 1000)  # rounded down as Kaldi does
+    fine_window = int(audio.sample_rate * audio.window_ms / 1000)
+    clip = round(audio.clip_seconds * audio.sample_rate)
+    padded = math.lcm(multiple, patch_t * time_factor)
+    padded *= -(-(1 + max(clip - fine_window, 0) // fine_hop) // padded)
+
+    shift = time_factor if compression == "frame_shift" else 1
+    pool = time_factor if compression in ("pool_mean", "pool_max") else 1
+    patch_t *= time_factor if compression == "patch" else 1
+    num_frames = padded // (shift * pool)
+    return Geometry(
+        sample_rate=audio.sample_rate, clip_samples=clip, hop=fine_hop * shift,
+        window=fine_window * (shift if audio.window == "grow" else 1),
+        num_mels=audio.num_mels, f_min=audio.f_min, f_max=audio.f_max or audio.sample_rate / 2,
+        num_frames=num_frames, pool=pool,
+        pool_kind="none" if pool == 1 else "mean" if compression == "pool_mean" else "max",
+        patch_f=patch_f, patch_t=patch_t, grid_f=audio.num_mels // patch_f, grid_t=num_frames // patch_t,
+        time_factor=time_factor, unit_mels=unit_f, unit_samples=unit_t * fine_hop,
+    )
+
+
+def make_geometries(
+    audio: AudioOptions, compression: Compression, patch: tuple[int, int],
+    phases: Sequence[tuple[int, tuple[int, int] | None]],
+) -> list[Geometry]:
+    """One geometry per (time factor, patch or None for `patch`), all padded to the same span."""
+    multiple = math.lcm(patch[1], *((own or patch)[1] * factor for factor, own in phases))
+    return [
+        make_geometry(audio, compression, own or patch, factor, multiple=multiple, unit=patch) for factor, own in phases
+    ]

@@ -1,0 +1,53 @@
+"""The thin decoder of masked autoencoding: it rebuilds every patch from the few that the encoder saw.
+
+Legend: B batch, N tokens, K kept tokens, P values of a patch, D the encoder's width, E the decoder's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ssl_c2f import cost
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.vit import EncoderOptions, attention_mask, blocks, initialise, position_table
+
+
+class Decoder(nn.Module):
+    """Mask tokens fill the gaps, positions say where, blocks mix, a linear head gives the values of each patch."""
+
+    positions: Tensor
+
+    def __init__(self, encoder: EncoderOptions, width: int, depth: int, heads: int, geometry: Geometry) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+        self.blocks = blocks(width, depth, heads, encoder.mlp_ratio)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_patch = nn.Linear(width, geometry.patch_dim)
+        self.register_buffer("positions", position_table(geometry, width, "sincos"), persistent=False)
+        self.apply(initialise)
+
+    def forward(self, tokens: Tensor, kept: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, 1 + K, D) encoded tokens -> (B, N, P) predictions.
+
+        Args:
+            kept: (B, K) where the encoded tokens stand.
+            valid: (B, N) bool, False where a token is padding; None if none is.
+        """
+        x = self.embed(tokens)
+        cls, x = x[:, :1], x[:, 1:]
+        gaps = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
+        x = gaps.scatter(1, kept[..., None].expand_as(x), x) + self.positions.to(x.dtype)
+        x, mask = torch.cat([cls, x], dim=1), attention_mask(valid)
+        for block in self.blocks:
+            x = block(x, attn_mask=mask)
+        return self.to_patch(self.norm(x[:, 1:]))
+
+
+def decoder_cost(
+    encoder: EncoderOptions, width: int, depth: int, geometry: Geometry, kept: int, passes: float = 3.0
+) -> list[cost.Part]:
+    tokens = geometry.num_tokens
+    body = cost.linear(kept + 1, encoder.width, width) + cost.transformer(tokens + 1, width, depth, encoder.mlp_ratio)
+    return [cost.Part("decoder", body + cost.linear(tokens, width, geometry.patch_dim), passes)]

@@ -1,0 +1,123 @@
+"""The ViT encoder: timm's blocks over the tokens that are kept, and no others.
+
+Legend: B batch, N tokens, K kept tokens, P values of a patch, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ssl_c2f import cost
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.patches import sincos_positions
+from ssl_c2f.options import Options
+
+Positions = Literal["sincos", "learned"]
+
+
+class EncoderOptions(Options):
+    """The encoder, and the patch of the fine phase (other phases may set their own)."""
+
+    width: int = Field(192, ge=4)
+    depth: int = Field(12, ge=1)
+    heads: int = Field(3, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch_f: int = Field(16, ge=1, description="mel bins")
+    patch_t: int = Field(16, ge=1, description="frames at time factor 1")
+    positions: Positions = Field("sincos", description="sincos: exact in every geometry; learned: interpolated")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="rate at the last block; it rises linearly with depth")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> EncoderOptions:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is no multiple of 4 (sine-cosine positions need that)")
+        return self
+
+
+def blocks(width: int, depth: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> nn.ModuleList:
+    """Pre-norm transformer blocks as in ViT; LayerNorm eps 1e-6 like every published audio spectrogram transformer."""
+    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+
+    def norm(dim: int, **kwargs: object) -> nn.LayerNorm:
+        return nn.LayerNorm(dim, eps=1e-6, **kwargs)  # type: ignore[arg-type]
+
+    return nn.ModuleList(
+        Block(width, heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]
+        for rate in rates
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier-uniform linear layers and zero biases, as in MAE (He et al., CVPR 2022)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def attention_mask(valid: Tensor | None, prefix: int = 1) -> Tensor | None:
+    """(B, K) bool -> (B, 1, 1, prefix + K) bool for attention: nobody attends to padding. None if nothing is padded."""
+    if valid is None:
+        return None
+    return nn.functional.pad(valid, (prefix, 0), value=True)[:, None, None]
+
+
+def position_table(geometry: Geometry, width: int, kind: Positions) -> Tensor:
+    """(N, D): a buffer that transfer regenerates (sincos) or a parameter that transfer interpolates (learned)."""
+    if kind == "sincos":
+        return sincos_positions(geometry, width)
+    return nn.Parameter(trunc_normal_(torch.empty(geometry.num_tokens, width), std=0.02))
+
+
+class Encoder(nn.Module):
+    """Patch embedding, class token, positions, blocks, final norm."""
+
+    positions: Tensor
+
+    def __init__(self, options: EncoderOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.options, self.width = options, options.width
+        self.patch_embed = nn.Linear(geometry.patch_dim, options.width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, options.width).normal_(std=0.02))
+        self.blocks = blocks(options.width, options.depth, options.heads, options.mlp_ratio, options.drop_path)
+        self.norm = nn.LayerNorm(options.width, eps=1e-6)
+        table = position_table(geometry, options.width, options.positions)
+        if isinstance(table, nn.Parameter):
+            self.positions = table
+        else:
+            self.register_buffer("positions", table, persistent=False)
+        self.apply(initialise)
+
+    def forward(self, patches: Tensor, kept: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """(B, N, P) -> (B, 1 + K, D), the class token first.
+
+        Args:
+            kept: (B, K) indices of the tokens to encode; None is all of them. Only these are ever embedded.
+            valid: (B, K) bool, False where a token is padding; None if none is.
+        """
+        positions = self.positions
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+            positions = positions[kept]
+        x = self.patch_embed(patches) + positions.to(patches.dtype)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        mask = attention_mask(valid)
+        for block in self.blocks:
+            x = block(x, attn_mask=mask)
+        return self.norm(x)
+
+
+def encoder_cost(options: EncoderOptions, geometry: Geometry, kept: int, passes: float = 3.0) -> list[cost.Part]:
+    """The encoder over `kept` tokens and the class token; no gradient flows into the spectrogram."""
+    return [
+        cost.Part("patch embedding", cost.linear(kept, geometry.patch_dim, options.width), min(passes, 2.0)),
+        cost.Part("encoder", cost.transformer(kept + 1, options.width, options.depth, options.mlp_ratio), passes),
+    ]

@@ -1,0 +1,41 @@
+"""Objectives: an encoder and its heads, from a batch to a loss. Adding one is one file, and one line in each place here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ssl_c2f import cost
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.objectives.mae import MAE, MAEOptions, mae_cost
+from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions, supervised_cost
+
+ObjectiveOptions = Annotated[MAEOptions | SupervisedOptions, Field(discriminator="name")]
+Objective = MAE | Supervised
+
+__all__ = ["Objective", "ObjectiveOptions", "StepResult", "build_objective", "objective_cost"]
+
+
+def build_objective(
+    model: EncoderOptions, options: MAEOptions | SupervisedOptions, geometry: Geometry, num_classes: int
+) -> Objective:
+    """The objective in a geometry, freshly initialised from torch's global generator."""
+    match options:
+        case MAEOptions():
+            return MAE(model, options, geometry)
+        case SupervisedOptions():
+            return Supervised(model, options, geometry, num_classes)
+
+
+def objective_cost(
+    model: EncoderOptions, options: MAEOptions | SupervisedOptions, geometry: Geometry, mask_ratio: float, num_classes: int
+) -> list[cost.Part]:
+    """Costs of one clip in one training step."""
+    match options:
+        case MAEOptions():
+            return mae_cost(model, options, geometry, mask_ratio)
+        case SupervisedOptions():
+            return supervised_cost(model, options, geometry, num_classes)

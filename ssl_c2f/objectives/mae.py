@@ -1,0 +1,97 @@
+"""Masked autoencoding: rebuild the patches that the encoder did not see.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022; for audio Huang et al., "Masked Autoencoders
+that Listen", NeurIPS 2022. Legend: B batch, N tokens, K kept tokens, P values of a patch, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_c2f import cost
+from ssl_c2f.data.front_end import Batch
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import num_masked
+from ssl_c2f.models.decoder import Decoder, decoder_cost
+from ssl_c2f.models.heads import Readout, read_out
+from ssl_c2f.models.patches import patchify, real_values, unpatchify
+from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
+from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.options import Options
+
+
+class MAEOptions(Options):
+    """The decoder is thin: at 8 x 512 it would cost more than the encoder that it trains."""
+
+    name: Literal["mae"] = "mae"
+    decoder_width: int = Field(128, ge=4, multiple_of=4)
+    decoder_depth: int = Field(2, ge=0)
+    decoder_heads: int = Field(4, ge=1)
+    norm_targets: bool = Field(False, description="standardise each target patch by its own mean and deviation")
+
+
+class MAE(nn.Module):
+    """Encoder of the kept patches, decoder of all, mean squared error on the masked ones."""
+
+    views = 1
+
+    def __init__(self, model: EncoderOptions, options: MAEOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.options, self.geometry = options, geometry
+        self.encoder = Encoder(model, geometry)
+        self.decoder = Decoder(model, options.decoder_width, options.decoder_depth, options.decoder_heads, geometry)
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predictions (B, N, P), and what they are compared with (B, N, P)."""
+        mask, patches = batch.masks[0], patchify(batch.spec, batch.geometry)
+        encoded = self.encoder(patches, mask.kept, mask.kept_valid if batch.short else None)
+        predictions = self.decoder(encoded, mask.kept, batch.valid)
+        return predictions, self.targets(patches, batch)
+
+    def targets(self, patches: Tensor, batch: Batch) -> Tensor:
+        if not self.options.norm_targets:
+            return patches
+        weight = real_values(batch.num_frames, batch.geometry).to(patches.dtype)
+        count = weight.sum(-1, keepdim=True).clamp(min=1)
+        mean = (patches * weight).sum(-1, keepdim=True) / count
+        variance = ((patches - mean).square() * weight).sum(-1, keepdim=True) / count
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+    def forward(self, batch: Batch) -> StepResult:
+        predictions, targets = self.predict(batch)
+        weight = real_values(batch.num_frames, batch.geometry) & batch.masks[0].masked[..., None]
+        error = (predictions.float() - targets).square() * weight
+        return StepResult((error.sum((1, 2)) / weight.sum((1, 2))).mean())
+
+    def after_step(self, t: float) -> None:
+        """Nothing moves but what the optimiser moves."""
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
+        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
+        return read_out(self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid), batch.valid, kind)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Spectrograms (B, T, F): the input, what of it was kept (NaN elsewhere), and the reconstruction."""
+        predictions, targets = self.predict(batch)
+        masked = batch.masks[0].masked[..., None]
+        patches = patchify(batch.spec, batch.geometry)
+        views = {
+            "input": patches,
+            "kept": patches.masked_fill(masked, torch.nan),
+            "reconstruction": torch.where(masked, predictions.float(), targets if self.options.norm_targets else patches),
+        }
+        return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
+
+
+def mae_cost(model: EncoderOptions, options: MAEOptions, geometry: Geometry, mask_ratio: float) -> list[cost.Part]:
+    """Costs of one clip in one step."""
+    kept = geometry.num_tokens - num_masked(geometry.num_tokens, mask_ratio)
+    return encoder_cost(model, geometry, kept) + decoder_cost(
+        model, options.decoder_width, options.decoder_depth, geometry, kept
+    )

@@ -1,0 +1,94 @@
+"""Classification with labels: training from scratch, fine-tuning, and probes of a frozen encoder.
+
+Legend: B batch, N tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_c2f import cost
+from ssl_c2f.data.front_end import Batch
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
+from ssl_c2f.models.patches import patchify
+from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
+from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.options import Options
+
+
+class SupervisedOptions(Options):
+    """Single-label data are learned with cross-entropy, multi-label data with a sigmoid for each class."""
+
+    name: Literal["supervised"] = "supervised"
+    head: HeadKind = Field("mean_pool", description="linear: a probe, the encoder is frozen")
+    labels: Literal["single", "multi"] = "single"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Supervised(nn.Module):
+    """Encoder of all tokens and a linear head."""
+
+    views = 0
+
+    def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
+        super().__init__()
+        self.options, self.geometry = options, geometry
+        self.encoder = Encoder(model, geometry)
+        self.head = Head(options.head, model.width, num_classes)
+        self.frozen = options.head == "linear"
+        self.encoder.requires_grad_(not self.frozen)
+
+    def train(self, mode: bool = True) -> Supervised:
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return self.head(tokens, batch.valid).float()
+
+    def forward(self, batch: Batch) -> StepResult:
+        logits, labels = self.logits(batch), batch.labels
+        smoothing = self.options.label_smoothing
+        if self.options.labels == "single":
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            right = (logits.argmax(1) == labels.argmax(1)).float().mean()
+            return StepResult(loss, {"accuracy": right.detach()})
+        targets = labels * (1 - smoothing) + 0.5 * smoothing
+        return StepResult(F.binary_cross_entropy_with_logits(logits, targets))
+
+    def after_step(self, t: float) -> None:
+        """Nothing moves but what the optimiser moves."""
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """(B, C) probabilities: they sum to 1 with single labels, each class for itself with several."""
+        logits = self.logits(batch)
+        return logits.softmax(1) if self.options.labels == "single" else logits.sigmoid()
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
+        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
+        return read_out(self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid), batch.valid, kind)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Spectrograms (B, T, F): the input."""
+        return {"input": batch.spec[:, : batch.geometry.columns * batch.geometry.patch_t]}
+
+
+def supervised_cost(
+    model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int
+) -> list[cost.Part]:
+    """Costs of one clip in one step; a frozen encoder runs forward only."""
+    frozen = options.head == "linear"
+    head = cost.Part("head", cost.linear(1, model.width, num_classes), 2.0 if frozen else 3.0)
+    return [*encoder_cost(model, geometry, geometry.num_tokens, 1.0 if frozen else 3.0), head]

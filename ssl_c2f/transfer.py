@@ -1,0 +1,140 @@
+"""Carrying weights from one geometry to another: between phases, and from pretraining to fine-tuning.
+
+Legend: D width, P values of a patch (index f patch_t + t), N tokens (index f T' + t).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.options import UserError
+
+Action = Literal["copied", "resized", "reinitialised", "dropped"]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What became of one tensor."""
+
+    name: str
+    action: Action
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What became of every tensor, in the order of the target."""
+
+    moved: tuple[Moved, ...]
+
+    def count(self) -> dict[str, int]:
+        return dict(Counter(m.action for m in self.moved))
+
+    def lines(self) -> list[str]:
+        """A summary line, and a line for each tensor that was not simply copied."""
+        summary = ", ".join(f"{n} {action}" for action, n in self.count().items())
+        return [f"transfer: {summary}"] + [
+            f"  {m.action} {m.name}{': ' + m.detail if m.detail else ''}" for m in self.moved if m.action != "copied"
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"count": self.count(), "tensors": [asdict(m) for m in self.moved]}
+
+
+def transfer(
+    state: Mapping[str, Tensor], source: Geometry, target: Mapping[str, Tensor], geometry: Geometry
+) -> tuple[dict[str, Tensor], TransferReport]:
+    """Fit a state dict to a model of another geometry.
+
+    Patch kernels are PI-resized, the rows of reconstruction heads resized like the patch that they draw, learned
+    positions interpolated in physical time. Sine-cosine positions are no part of the state: a model computes its own.
+
+    Args:
+        state: tensors of the model that was trained in `source`.
+        target: the state dict of the freshly initialised model in `geometry`; tensors without a counterpart keep
+            these values (reinitialised).
+
+    Raises:
+        UserError: an encoder tensor can be neither copied nor resized.
+    """
+    moved: list[Moved] = []
+    result: dict[str, Tensor] = {}
+    for name, wanted in target.items():
+        found = state.get(name)
+        value, detail = (None, "not in the checkpoint") if found is None else _fit(name, found, source, geometry)
+        if value is not None and value.shape != wanted.shape:
+            value, detail = None, f"checkpoint has {tuple(value.shape)}, the model {tuple(wanted.shape)}"
+        if value is None and name.startswith("encoder."):
+            raise UserError(f"the encoder does not fit the checkpoint: {name}: {detail}")
+        action: Action = "reinitialised" if value is None else "resized" if detail else "copied"
+        moved.append(Moved(name, action, detail))
+        result[name] = (wanted if value is None else value).detach().clone()
+    moved += [Moved(name, "dropped", str(tuple(state[name].shape))) for name in state if name not in target]
+    return result, TransferReport(tuple(moved))
+
+
+def _fit(name: str, tensor: Tensor, source: Geometry, target: Geometry) -> tuple[Tensor, str]:
+    """The tensor in the target's geometry and, if it was resized, how."""
+    old, new = (source.patch_f, source.patch_t), (target.patch_f, target.patch_t)
+    patches = f"patch {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+    if name.endswith("patch_embed.weight") and old != new:
+        return resize_kernel(tensor, old, new), f"{patches}, pseudo-inverse"
+    if name.endswith(("to_patch.weight", "to_patch.bias")) and old != new:
+        return resize_head(tensor, old, new), f"{patches}, area"
+    if name.endswith("positions") and not _same_places(source, target):
+        return interpolate_positions(tensor, source, target), f"grid {source.grid} -> {target.grid}, in physical time"
+    return tensor, ""
+
+
+def _same_places(a: Geometry, b: Geometry) -> bool:
+    return a.grid == b.grid and all(torch.equal(x, y) for x, y in zip(a.positions(), b.positions(), strict=True))
+
+
+def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(P_new, P_old) float64: the linear map that resizes a patch by averaging areas (repeating, where it grows)."""
+    unit = torch.eye(old[0] * old[1], dtype=torch.float64).reshape(-1, 1, *old)
+    return F.interpolate(unit, size=new, mode="area").reshape(len(unit), -1).T
+
+
+def resize_kernel(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(D, P_old) -> (D, P_new) such that a resized patch times the resized kernel is the same embedding.
+
+    PI-resize of FlexiViT (Beyer et al., CVPR 2023, eq. 4): the pseudo-inverse of the resizing. Exact where the patch
+    grows; the least-squares best where it shrinks.
+    """
+    return (weight.double() @ torch.linalg.pinv(resize_matrix(old, new)).to(weight.device)).to(weight.dtype)
+
+
+def resize_head(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(P_old, ...) -> (P_new, ...): the head draws the same patch at another size."""
+    return (resize_matrix(old, new).to(tensor.device) @ tensor.double()).to(tensor.dtype)
+
+
+def interpolate_positions(table: Tensor, source: Geometry, target: Geometry) -> Tensor:
+    """(N_old, D) -> (N_new, D), linear between the physical centres of the old cells, constant beyond the outermost."""
+    rows, columns = (
+        _linear_map(a[:old], b[:new]).to(table.device)
+        for a, b, old, new in zip(source.positions(), target.positions(), source.grid, target.grid, strict=True)
+    )
+    grid = table.double().unflatten(0, source.grid)
+    return torch.einsum("ij,jkd,lk->ild", rows, grid, columns).flatten(0, 1).to(table.dtype)
+
+
+def _linear_map(old: Tensor, new: Tensor) -> Tensor:
+    """(new, old) float64 weights of linear interpolation between the ascending places `old`, clamped at the ends."""
+    if len(old) == 1:
+        return torch.ones(len(new), 1, dtype=torch.float64)
+    old, new = old.double(), new.double().clamp(float(old[0]), float(old[-1]))
+    left = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
+    share = (new - old[left]) / (old[left + 1] - old[left])
+    weights = torch.zeros(len(new), len(old), dtype=torch.float64)
+    weights.scatter_(1, left[:, None], (1 - share)[:, None])
+    return weights.scatter_(1, left[:, None] + 1, share[:, None])

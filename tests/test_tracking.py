@@ -1,0 +1,191 @@
+"""metrics.jsonl has every step once; W&B, real and offline here, can do no harm."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssl_c2f.options import UserError
+from ssl_c2f.tracking import Tracker, TrackingOptions, cut_back
+
+KEY = "0123456789abcdef" * 2 + "planted0"
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def track(folder: Path, wandb: Any = "off", *, resume_step: int | None = None, **more: Any) -> Tracker:
+    return Tracker(
+        folder,
+        TrackingOptions(wandb=wandb, timeout_seconds=1.0),
+        config={"phases": [{"name": "coarse"}]},
+        group="run",
+        job_type="pretrain/coarse",
+        run_id_file=folder / "phases/0-coarse/wandb_id",
+        resume_step=resume_step,
+        **more,
+    )
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def sent(folder: Path) -> list[dict[str, Any]]:
+    """The records in the W&B files of `folder`.
+
+    Such a file is a LevelDB log of protobuf records: 7 bytes of its own, then blocks of 32 KiB holding fragments, each
+    behind a checksum (4 bytes), a length (2) and a kind (1 whole, 2 first, 3 middle, 4 last).
+    """
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    wandb.teardown()  # finish() returns a moment before its file is written
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        raw, at, data = file.read_bytes(), 7, b""
+        while at + 7 <= len(raw):
+            if 32768 - at % 32768 < 7:  # a header does not fit into the rest of the block
+                at += 32768 - at % 32768
+            length, kind = struct.unpack_from("<4xHB", raw, at)
+            data, at = data + raw[at + 7 : at + 7 + length], at + 7 + length
+            if kind in (1, 4):
+                history, data = Record.FromString(data).history.item, b""
+                if history:
+                    named = [(".".join(item.nested_key) or item.key, item.value_json) for item in history]
+                    found.append({name: json.loads(value) for name, value in named})
+    return found
+
+
+@given(
+    steps=st.lists(st.integers(0, 20), max_size=10).map(sorted),
+    resume=st.none() | st.integers(0, 20),
+    tail=st.binary(max_size=20).filter(lambda raw: b"\n" not in raw),
+)
+def test_a_file_is_cut_back_to_the_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], resume: int | None, tail: bytes
+) -> None:
+    file = tmp_path_factory.mktemp("m") / "metrics.jsonl"
+    file.write_bytes(b"".join(b'{"step": %d}\n' % step for step in steps) + tail)
+    kept = [step for step in steps if resume is None or step <= resume]
+    assert cut_back(file, resume) == len(kept)
+    assert [record["step"] for record in lines(file.parent)] == kept
+
+
+@given(st.integers(1, 30), st.data())
+def test_interruptions_leave_every_step_once(
+    tmp_path_factory: pytest.TempPathFactory, total: int, data: st.DataObject
+) -> None:
+    folder, saved = tmp_path_factory.mktemp("m"), 0
+    for _ in range(3):
+        killed = data.draw(st.integers(saved, total))
+        tracker = track(folder, resume_step=saved)
+        for step in range(saved + 1, killed + 1):
+            tracker.log({"step": step})
+        tracker.finish()
+        saved = data.draw(st.integers(saved, killed))
+    tracker = track(folder, resume_step=saved)
+    for step in range(saved + 1, total + 1):
+        tracker.log({"step": step})
+    tracker.finish()
+    assert [record["step"] for record in lines(folder)] == list(range(1, total + 1))
+
+
+def test_every_line_is_on_disk_at_once_and_strict_json(tmp_path: Path) -> None:
+    tracker = track(tmp_path)
+    tracker.log({"step": 1, "loss": float("nan"), "grad": float("-inf"), "lr": torch.tensor(0.5)})
+    expected = {"step": 1, "loss": None, "loss_nonfinite": "nan", "grad": None, "grad_nonfinite": "-inf", "lr": 0.5}
+    assert lines(tmp_path) == [expected]
+    tracker.finish()
+
+
+def test_offline_run(tmp_path: Path) -> None:
+    tracker = track(tmp_path, "auto", resume_step=0)
+    assert tracker.run is not None and tracker.run.offline
+    assert (tracker.run.group, tracker.run.job_type) == ("run", "pretrain/coarse")
+    for step in range(1, 4):
+        tracker.log({"step": step, "samples": 8 * step, "loss": 1 / step})
+    tracker.finish()
+    tracker.finish()
+    assert [record["step"] for record in sent(tmp_path)] == [1, 2, 3]
+
+
+def test_a_resumed_run_keeps_its_id_and_numbers_lines_as_the_file_does(tmp_path: Path) -> None:
+    ids = []
+    for resume_step in (0, 2):
+        tracker = track(tmp_path, "offline", resume_step=resume_step)
+        assert tracker.run is not None
+        ids.append(tracker.run.id)
+        for step in range(resume_step + 1, resume_step + 4):
+            tracker.log({"step": step})
+        tracker.finish()
+    numbers = [(record["step"], record["_step"]) for record in sent(tmp_path)]
+    assert ids[0] == ids[1]
+    assert sorted(set(numbers)) == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]  # step 3 twice, under one number
+
+
+def test_pictures_and_artifacts(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "mask.png")
+    notes: list[str] = []
+    tracker = track(tmp_path, "offline", note=notes.append)
+    tracker.log({"step": 1, "samples": 8}, pictures={"mask": tmp_path / "mask.png"})
+    tracker.with_wandb(lambda run: run.log_artifact(tmp_path / "mask.png", name="mask", type="picture"))
+    assert notes == []
+    tracker.log({"step": 2}, pictures={"mask": tmp_path / "missing.png"})
+    tracker.log({"step": 3}, pictures={"mask": tmp_path / "missing.png"})
+    tracker.finish()
+    assert len(notes) == 1 and "W&B failed" in notes[0]
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3]
+    assert list(tmp_path.glob("wandb/*/files/media/images/mask*.png"))
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_server_that_never_answers_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    notes: list[str] = []
+    tracker = track(tmp_path / "run", mode, note=notes.append)
+    assert tracker.run is not None and tracker.run.offline
+    assert len(notes) == 1 and "wandb sync" in notes[0]
+    tracker.log({"step": 1, "loss": 1.0})
+    tracker.finish()
+    assert len(lines(tmp_path / "run")) == 1
+    assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+
+
+def test_off_makes_no_wandb_folder(tmp_path: Path) -> None:
+    tracker = track(tmp_path, "off")
+    tracker.log({"step": 1})
+    tracker.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        track(tmp_path / "run")
