@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_c2f.options import UserError
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -65,17 +67,19 @@ class Dist:
             dist.destroy_process_group()
 
 
-def init(device: str | None = None, timeout_minutes: float = 30.0) -> Dist:
+def init(device: str = "auto", timeout_minutes: float = 30.0) -> Dist:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or be a process alone.
 
-    `device` is "cpu", "cuda" or None for CUDA where there is any. A process that waits for another longer than
+    `device` is "cpu", "cuda" or "auto" for CUDA where there is any. Joining again is free. A process that waits for another longer than
     `timeout_minutes` fails instead of hanging.
     """
     rank, world, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    if device is None:
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: there is none here, or this build of torch cannot use it")
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)

@@ -38,8 +38,10 @@ def key(*parts: int | str | Tensor) -> Tensor:
     for part in parts:
         if isinstance(part, str):
             part = zlib.crc32(part.encode())
+        if isinstance(part, Tensor):
+            state = state.to(part.device)
         value = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.int64)
-        state = _mix(state.to(value.device) * 31 + value + _GOLDEN)
+        state = _mix(state * 31 + value + _GOLDEN)
     return state
 
 
@@ -51,7 +53,10 @@ def uniform(keys: Tensor, n: int) -> Tensor:
 
 
 def integers(keys: Tensor, high: Tensor | int) -> Tensor:
-    """One integer in [0, high) for each key; `high` may be a tensor of the keys' shape."""
+    """One integer in [0, high) for each key; `high` may be a tensor of the keys' shape.
+
+    Take another key than for `uniform`: both read the same bits.
+    """
     bits = _shift(_mix(keys + _GOLDEN), 33)  # 31 bits: the modulo bias is below high / 2^31
     return bits % high
 

@@ -34,11 +34,13 @@ from ssl_c2f.recipe import RunOptions, make_plan
 from ssl_c2f.run import RunFolder, write_text
 from ssl_c2f.signals import Interrupted, Stop
 from ssl_c2f.tracking import Tracker
-from ssl_c2f.training import Run, Training, Weights, build, carry_over, prepare, save, start
+from ssl_c2f.training import Run, Training, build, carry_over, prepare, save, start
 from ssl_c2f.validate import at_full_resolution, validate
+from ssl_c2f.weights import Weights
 
 # What may change when a run is resumed: where it runs and how it is watched, never what it computes.
 MAY_CHANGE = (
+    "run_dir", "name", "folds",
     "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
     "train.device", "train.max_batch_per_device", "train.compile", "train.rehearse", "train.log_every",
     "train.checkpoint_every", "train.keep", "train.max_nonfinite",
@@ -181,11 +183,9 @@ def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object
     """The main process's tracker of one phase; metrics.jsonl is cut back to `step`."""
     if not run.dist.is_main:
         return None
-    name = run.options.objective.name
-    kind = "pretrain" if name != "supervised" else "finetune" if run.initial else "train"
     return Tracker(
         run.folder.path, run.options.tracking, config=run.options.model_dump(mode="json"),
-        group=run.folder.path.name, job_type=f"{kind}/{phase.name}", run_id_file=run.phase_folder(phase).wandb_id,
+        group=run.folder.path.name, job_type=f"{run.kind}/{phase.name}", run_id_file=run.phase_folder(phase).wandb_id,
         resume_step=step, note=note,
     )
 
@@ -229,7 +229,7 @@ def rehearse(run: Run, phases: Collection[Phase]) -> None:
                     carry_over(t, before.objective.state_dict(), before.ema, before.geometry, o.geometries[phase.index])
                 front_end = FrontEnd(o.geometries[phase.index], Statistics(0.0, 1.0)).to(device)
                 place = Place(phase.index, replace(phase, batch_size=size * run.dist.world), 0.0, 0.0)
-                train_step(run, t, place, iter([_noise(run, phase, size)]), front_end)
+                train_step(run, t, place, iter([noise(run, phase, size)]), front_end)
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"phase {phase.name} does not fit into memory with {size} clips at a time: "
@@ -238,7 +238,8 @@ def rehearse(run: Run, phases: Collection[Phase]) -> None:
             before = t
 
 
-def _noise(run: Run, phase: Phase, size: int) -> Items:
+def noise(run: Run, phase: Phase, size: int) -> Items:
+    """Full-length clips of noise with labels, for trials."""
     generator = torch.Generator().manual_seed(phase.index)
     samples, classes = run.options.geometries[phase.index].clip_samples, run.corpus.num_classes
     items = Items(
@@ -252,7 +253,8 @@ def _noise(run: Run, phase: Phase, size: int) -> Items:
 
 
 def open_run(
-    options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None, corpus: Corpus | None
+    options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None, corpus: Corpus | None,
+    kind: str,
 ) -> Run:
     """Open or create a run folder, its recordings, statistics and plan.
 
@@ -279,7 +281,7 @@ def open_run(
         for geometry in {*options.geometries, options.fine_geometry}:
             corpus.statistics(geometry)
     dist.barrier()
-    return Run(options, folder, corpus, curriculum, dist, initial, stop)
+    return Run(options, folder, corpus, curriculum, dist, initial, stop, kind)
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
@@ -311,27 +313,25 @@ def _check_recordings(file: Path, corpus: Corpus) -> None:
 
 def run(
     options: RunOptions, path: Path, *, initial: Weights | None = None, corpus: Corpus | None = None,
-    only: Collection[str] | None = None, stop: Stop | None = None,
+    only: Collection[str] | None = None, stop: Stop | None = None, kind: str = "pretrain",
 ) -> RunFolder:
     """Do a run, or go on with it: the phases that are not done yet, in order (of those named in `only`).
+
+    `kind` (pretrain, train, finetune) is what W&B shows as the type of its jobs.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or `stop` ended it; calling again goes on. UserError: see `open_run`.
     """
-    device = None if options.train.device == "auto" else options.train.device
-    dist, stop = distributed.init(device), stop or Stop()
+    dist, stop = distributed.init(options.train.device), stop or Stop()
     lock = RunFolder(path).lock() if dist.is_main else contextlib.nullcontext()
-    try:
-        with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
-            job = open_run(options, path, dist, stop, initial, corpus)
-            wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
-            todo = [p for p in wanted if not job.phase_folder(p).is_done()]
-            if dead:
-                print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
-            if options.train.rehearse:
-                rehearse(job, todo)
-            for phase in todo:
-                train_phase(job, phase)
-    finally:
-        dist.close()
+    with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
+        job = open_run(options, path, dist, stop, initial, corpus, kind)
+        wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
+        todo = [p for p in wanted if not job.phase_folder(p).is_done()]
+        if dead:
+            print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
+        if options.train.rehearse:
+            rehearse(job, todo)
+        for phase in todo:
+            train_phase(job, phase)
     return job.folder

@@ -44,6 +44,8 @@ class AudioOptions(Options):
             raise ValueError(f"clip_seconds {self.clip_seconds:g} is shorter than one window of {self.window_ms:g} ms")
         if int(self.sample_rate * self.hop_ms / 1000) < 1:
             raise ValueError(f"hop_ms {self.hop_ms:g} is less than one sample at {self.sample_rate} Hz")
+        if int(self.sample_rate * self.window_ms / 1000) < 2:
+            raise ValueError(f"window_ms {self.window_ms:g} is less than two samples at {self.sample_rate} Hz")
         return self
 
 

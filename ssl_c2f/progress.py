@@ -86,6 +86,40 @@ class Progress:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+class Count:
+    """How far some long work is: a live line in a terminal; elsewhere a plain line every `log_seconds`, so short work is silent.
+
+    reading recordings  120/400  35/s  0:08 left
+    """
+
+    def __init__(self, title: str, *, log_seconds: float = 30.0, console: Console | None = None) -> None:
+        self.title, self.log_seconds, self.console = title, log_seconds, console or Console(stderr=True)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._began = self._shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        now = time.monotonic()
+        elapsed = max(now - self._began, 1e-9)
+        line = f"{self.title}  {done}/{total}  {done / elapsed:.3g}/s  {_left(elapsed, done, total - done)} left"
+        if self._live is not None:
+            self._live.update(Text(line))
+        elif now - self._shown >= self.log_seconds:
+            self._shown = now
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
     """Print a table: drawn in a terminal, columns padded with spaces elsewhere."""
     console = console or Console()

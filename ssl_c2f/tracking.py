@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import field_validator
+
 from ssl_c2f.options import Options, UserError
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ class TrackingOptions(Options):
     name: str | None = None
     tags: tuple[str, ...] = ()
     timeout_seconds: float = 10.0
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 class Tracker:

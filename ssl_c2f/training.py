@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_c2f import checkpoint, cost, distributed, draws, optim
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import num_masked
 from ssl_c2f.objectives import Objective
@@ -26,16 +25,7 @@ from ssl_c2f.recipe import RunOptions
 from ssl_c2f.run import PhaseFolder, RunFolder, write_text
 from ssl_c2f.signals import Stop
 from ssl_c2f.transfer import TransferReport, transfer
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights from elsewhere that a run starts from."""
-
-    state: Mapping[str, Tensor]
-    geometry: Geometry
-    origin: str
-    statistics: Mapping[str, Statistics] = field(default_factory=dict)  # by Geometry.digest()
+from ssl_c2f.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,7 @@ class Run:
     dist: distributed.Dist
     initial: Weights | None
     stop: Stop
+    kind: str
 
     def phase_folder(self, phase: Phase) -> PhaseFolder:
         return self.folder.phase(phase.index, phase.name)

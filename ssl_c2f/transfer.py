@@ -39,11 +39,13 @@ class TransferReport:
         return dict(Counter(m.action for m in self.moved))
 
     def lines(self) -> list[str]:
-        """A summary line, and a line for each tensor that was not simply copied."""
-        summary = ", ".join(f"{n} {action}" for action, n in self.count().items())
-        return [f"transfer: {summary}"] + [
-            f"  {m.action} {m.name}{': ' + m.detail if m.detail else ''}" for m in self.moved if m.action != "copied"
-        ]
+        """A summary, a line for each resized tensor, and one for each module that was reinitialised or dropped."""
+        lines = ["transfer: " + ", ".join(f"{n} {action}" for action, n in self.count().items())]
+        lines += [f"  resized {m.name}: {m.detail}" for m in self.moved if m.action == "resized"]
+        for action in ("reinitialised", "dropped"):
+            modules = Counter(m.name.partition(".")[0] for m in self.moved if m.action == action)
+            lines += [f"  {action} {module}: {n} tensors" for module, n in modules.items()]
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         return {"count": self.count(), "tensors": [asdict(m) for m in self.moved]}

@@ -16,11 +16,12 @@ from torch import Tensor
 from ssl_c2f import draws, metrics
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import in_batches, make_loader
-from ssl_c2f.data.front_end import Batch, Masking
+from ssl_c2f.data.front_end import Batch, Items, Masking
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.mae import MAEOptions
+from ssl_c2f.options import UserError
 from ssl_c2f.recipe import RunOptions
 from ssl_c2f.transfer import transfer
 
@@ -33,7 +34,8 @@ def batches(
     windows = corpus.windows(geometry, clips, per_clip)
     front_end = corpus.front_end(geometry).to(device)
     for items in make_loader(windows, in_batches(len(windows), batch_size), corpus.workers(geometry)):
-        if items is None:
+        if not isinstance(items, Items):
+            corpus.bad.add(items)
             continue
         corpus.bad.add(items.bad)
         yield front_end(replace(items, keys=draws.key(items.keys, "validation", draw)).to(device), masking)
@@ -83,21 +85,21 @@ def _masked_loss(
 def _labelled(
     objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device
 ) -> dict[str, float]:
-    scores, labels = clip_scores(objective, corpus, options.fine_geometry, clips, device, options.evaluation.batch_size)
-    return metrics.score(scores, labels)
+    scores, found = clip_scores(objective, corpus, options.fine_geometry, clips, device, options.evaluation.batch_size)
+    return metrics.score(scores, corpus.source(options.fine_geometry).labels[found])
 
 
 @torch.no_grad()
 def clip_scores(
     objective: Objective, corpus: Corpus, geometry: Geometry, clips: Sequence[int], device: torch.device, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """(n, C) scores of a supervised objective, averaged over the windows of each readable clip, and (n, C) labels."""
+    """(n, C) scores of a supervised objective, averaged over the windows of each readable clip, and (n,) which clips."""
     scores, index = [], []
     for batch in batches(corpus, geometry, clips, device, batch_size):
         scores.append(objective.scores(batch).cpu())  # type: ignore[union-attr]
         index.append(batch.index.cpu())
-    mean, found = mean_by_clip(torch.cat(scores), torch.cat(index))
-    return mean, corpus.source(geometry).labels[found]
+    _some(index, corpus)
+    return mean_by_clip(torch.cat(scores), torch.cat(index))
 
 
 def mean_by_clip(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +119,13 @@ def features(
     for batch in batches(corpus, geometry, clips, device, batch_size, per_clip=per_clip):
         rows.append(objective.embed(batch, kind).float().cpu())
         index.append(batch.index.cpu())
+    _some(index, corpus)
     return mean_by_clip(torch.cat(rows), torch.cat(index))
+
+
+def _some(index: Sequence[Tensor], corpus: Corpus) -> None:
+    if not index:
+        raise UserError(f"none of these recordings in {corpus.manifest.root} can be read")
 
 
 def _knn(objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device) -> dict[str, float]:

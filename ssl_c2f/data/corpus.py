@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_c2f import draws
 from ssl_c2f.data.dataset import DataOptions, Source, Windows, fill_cache, in_batches, make_loader, open_manifest, split
-from ssl_c2f.data.front_end import FrontEnd, Statistics
+from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.options import UserError
@@ -61,6 +61,7 @@ class Corpus:
     main: bool = True  # whether this process writes them
     given: dict[str, Statistics] = field(default_factory=dict)  # statistics that come with a checkpoint, by digest
     note: Callable[[str], object] = lambda line: None
+    progress: Callable[[int, int], object] | None = None  # of filling the cache: (clips done, clips)
     _sources: dict[str, Source] = field(default_factory=dict)
     _statistics: dict[str, Statistics] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ class Corpus:
             source = Source(self.manifest, geometry)
             plain = FrontEnd(geometry, Statistics(0.0, 1.0))
             self._sources[digest] = fill_cache(
-                source, range(len(self.manifest.clips)), plain.log_mel, self.options.cache_gb
+                source, range(len(self.manifest.clips)), plain.log_mel, self.options.cache_gb, self.progress
             )
         cached = self._sources[digest]
         return Source(self.manifest, geometry, cached.cache)
@@ -117,7 +118,7 @@ class Corpus:
         plain = FrontEnd(geometry, Statistics(0.0, 1.0))
         total = torch.zeros(3, dtype=torch.float64)
         for items in make_loader(windows, in_batches(len(windows), 32), self.workers(geometry)):
-            if items is None:
+            if not isinstance(items, Items):
                 continue
             spec, num_frames = plain.spectrogram(items.audio, items.num_samples)
             real = torch.arange(spec.shape[1]) < num_frames[:, None]

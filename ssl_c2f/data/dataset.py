@@ -149,12 +149,15 @@ def fill_cache(
 
     cache: dict[int, Tensor] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for clip, spec in zip(clips, pool.map(compute, clips), strict=True):
+        for done, (clip, spec) in enumerate(zip(clips, pool.map(compute, clips), strict=True), 1):
             if spec is not None:
                 cache[clip] = spec
             if progress:
-                progress(clip, len(clips))
+                progress(done, len(clips))
     return Source(source.manifest, g, cache)
+
+
+BadItems = tuple[tuple[str, str], ...]  # (path, reason) of a batch of which nothing could be read
 
 
 class Item(NamedTuple):
@@ -233,20 +236,21 @@ class Windows(Dataset[Item | tuple[str, str]]):
         return Item(audio, num_samples, clip, draws.key(self.seed, clip, start), self.source.labels[clip])
 
 
-def collate(items: Sequence[Item | tuple[str, str]]) -> Items | None:
-    """Stack what could be read; None if nothing could."""
+def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
+    """Stack what could be read; if nothing could, what was wrong."""
     good = [item for item in items if isinstance(item, Item)]
     bad = tuple(item for item in items if not isinstance(item, Item))
     if not good:
-        return None
+        return bad
     partners = [item.partner for item in good if item.partner is not None]
+    partner = collate(partners)
     return Items(
         audio=torch.stack([item.audio for item in good]),
         num_samples=torch.tensor([item.num_samples for item in good]),
         index=torch.tensor([item.clip for item in good]),
         keys=torch.stack([item.key for item in good]),
         labels=torch.stack([item.labels for item in good]),
-        partner=collate(partners) if partners else None,
+        partner=partner if isinstance(partner, Items) else None,
         share=torch.tensor([item.share for item in good]) if partners else None,
         bad=bad + tuple(pair for item in good for pair in item.bad),
     )

@@ -1,0 +1,233 @@
+"""The command line. Heavy modules are imported by the command that needs them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssl_c2f import __version__
+from ssl_c2f.options import UserError
+
+if TYPE_CHECKING:
+    from ssl_c2f.data.inspect import DataCommandOptions
+
+CONFIG_HELP = "a YAML file or the name of a shipped config, then overrides such as optim.lr=1e-3 phases.0.epochs=5"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's mistake (told in one line), 128 + N for signal N."""
+    arguments = parser().parse_args(words)
+    try:
+        status = arguments.run(arguments)
+    except UserError as error:
+        print(f"ssl_c2f: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssl_c2f: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        if signum := getattr(error, "signum", 0):  # signals.Interrupted, which is not imported here for --help's sake
+            print(f"ssl_c2f: {error}", file=sys.stderr)
+            return 128 + int(signum)
+        raise
+    return status or 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
+    top = argparse.ArgumentParser(prog="ssl_c2f", description="Coarse-to-fine pretraining of audio transformers.")
+    top.add_argument("--version", action="version", version=f"ssl_c2f {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    def words_of(sub: argparse.ArgumentParser, help: str = CONFIG_HELP) -> None:
+        sub.add_argument("words", nargs="*", metavar="CONFIG | KEY=VALUE", help=help)
+
+    def checkpoint_of(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--ckpt", type=Path, required=True, metavar="RUN|FILE", help="run folder, phase or checkpoint")
+
+    sub = command("demo", _demo, "the whole story on sounds that it makes itself, in under three minutes")
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"))
+    words_of(command("pretrain", _pretrain, "phases with a masked objective; the same folder again resumes"))
+    words_of(command("train", _pretrain, "phases with labels, from scratch"))
+    sub = command("finetune", _finetune, "a classifier on a pretrained encoder, fold by fold")
+    checkpoint_of(sub)
+    sub.add_argument("--config", default=None, metavar="CONFIG", help="a YAML file or the name of a shipped config")
+    words_of(sub, "overrides such as data.root=FOLDER folds=[1]")
+    for name, run, help in (
+        ("evaluate", _evaluate, "scores of a classifier on labelled recordings"),
+        ("probe", _probe, "linear and kNN probes of frozen features"),
+        ("embed", _embed, "features of recordings to a file"),
+    ):
+        sub = command(name, run, help)
+        checkpoint_of(sub)
+        words_of(sub, "options such as data.root=FOLDER")
+    sub = command("predict", _predict, "labels of recordings, and their timeline")
+    checkpoint_of(sub)
+    words_of(sub, "recordings or folders, and options KEY=VALUE")
+    sub = command("plan", _plan, "tokens, FLOPs, memory, and the share of a single-phase run")
+    sub.add_argument("--measure", action="store_true", help="also run a step of every phase on this machine")
+    sub.add_argument("--clips", type=int, default=None, help="clips of an epoch, where there is no data.root to count")
+    words_of(sub)
+    sub = command("report", _report, "one HTML page about one or more runs")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.html")
+
+    sub = command("config", _config_show, "show, validate or compare configs")
+    kinds = sub.add_subparsers(dest="kind", required=True, metavar="show|validate|diff")
+    for name, run, help in (
+        ("show", _config_show, "all options of a config, resolved"),
+        ("validate", _config_validate, "say whether a config is right"),
+        ("diff", _config_diff, "options at which two configs differ"),
+    ):
+        sub = kinds.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        words_of(sub, "CONFIG [KEY=VALUE ...]" if name != "diff" else "CONFIG CONFIG")
+    sub = command("data", _data_manifest, "look at recordings before training on them")
+    kinds = sub.add_subparsers(dest="kind", required=True, metavar="manifest|check|stats")
+    for name, run, help in (
+        ("manifest", _data_manifest, "write a list of recordings with labels and folds"),
+        ("check", _data_check, "decode every recording whole and name the bad ones"),
+        ("stats", _data_stats, "durations, rates and labels; mean and deviation per geometry"),
+    ):
+        sub = kinds.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        words_of(sub, "data.root=FOLDER and other options KEY=VALUE")
+        if name == "manifest":
+            sub.add_argument("--out", type=Path, required=True, metavar="FILE.csv|FILE.jsonl")
+    return top
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.demo import demo
+
+    demo(arguments.folder)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import config, engine
+    from ssl_c2f.summary import print_summary
+
+    command: str = arguments.command
+    model = config.PretrainOptions if command == "pretrain" else config.TrainOptions
+    options, name = config.read(command, model, arguments.words)
+    path = Path(options.run_dir or f"runs/{name}")
+    engine.run(options, path, kind=command)
+    print_summary(path)
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import config
+    from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults, finetune
+    from ssl_c2f.weights import load_weights
+
+    words = [*([arguments.config] if arguments.config else []), *arguments.words]
+    defaults = checkpoint_defaults(load_weights(arguments.ckpt))
+    options, _ = config.read("finetune", FinetuneOptions, words, defaults)
+    finetune(arguments.ckpt, options)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import options
+    from ssl_c2f.evaluate import EvaluateOptions, evaluate
+
+    evaluate(arguments.ckpt, options.load(EvaluateOptions, None, arguments.words))
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import options
+    from ssl_c2f.probe import ProbeOptions, probe
+
+    probe(arguments.ckpt, options.load(ProbeOptions, None, arguments.words))
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import options
+    from ssl_c2f.probe import EmbedOptions, embed
+
+    embed(arguments.ckpt, options.load(EmbedOptions, None, arguments.words))
+
+
+def _predict(arguments: argparse.Namespace) -> int | None:
+    from ssl_c2f import options
+    from ssl_c2f.predict import PredictOptions, predict
+
+    paths = [Path(word) for word in arguments.words if "=" not in word or Path(word).exists()]
+    overrides = [word for word in arguments.words if Path(word) not in paths]
+    return predict(arguments.ckpt, paths, options.load(PredictOptions, None, overrides))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import config
+    from ssl_c2f.plan import print_plan
+
+    print_plan(config.read_any(arguments.words), clips=arguments.clips, measure=arguments.measure)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.report import write_page
+
+    out = arguments.out or arguments.runs[0] / "report.html"
+    write_page(arguments.runs, out)
+    print(out)
+
+
+def _config_show(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import config, options
+
+    print(options.dump(config.read_any(arguments.words)), end="")
+
+
+def _config_validate(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import config
+
+    options = config.read_any(arguments.words)
+    print(f"{' '.join(arguments.words) or 'the default config'} is valid ({len(options.phases)} phases)")
+
+
+def _config_diff(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import config, options
+
+    if len(arguments.words) != 2:
+        raise UserError("config diff takes two configs")
+    a, b = (config.read_any([word]) for word in arguments.words)
+    for key, old, new in options.differences(a, b):
+        print(f"{key}: {old} -> {new}")
+
+
+def _data_options(arguments: argparse.Namespace) -> DataCommandOptions:
+    from ssl_c2f import options
+    from ssl_c2f.data.inspect import DataCommandOptions
+
+    return options.load(DataCommandOptions, None, arguments.words)
+
+
+def _data_manifest(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.data import inspect
+
+    inspect.manifest(_data_options(arguments), arguments.out)
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from ssl_c2f.data import inspect
+
+    return inspect.check(_data_options(arguments))
+
+
+def _data_stats(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.data import inspect
+
+    inspect.stats(_data_options(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

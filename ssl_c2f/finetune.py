@@ -1,0 +1,120 @@
+"""Fine-tuning: a head on a pretrained encoder, trained and scored fold by fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ssl_c2f import distributed, engine, metrics
+from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.dataset import split
+from ssl_c2f.evaluate import print_scores, write_scores
+from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.options import UserError
+from ssl_c2f.recipe import RunOptions
+from ssl_c2f.signals import Stop
+from ssl_c2f.validate import at_full_resolution, clip_scores
+from ssl_c2f.weights import Weights, Which, load_weights
+
+
+class FinetuneOptions(RunOptions):
+    """`ssl_c2f finetune`. Audio, model and compression are the checkpoint's unless they are given."""
+
+    run_dir: str | None = Field(None, description="by default RUN/finetune/NAME")
+    name: str = Field("default", pattern=r"^[A-Za-z0-9_.-]+$")
+    folds: Literal["auto"] | tuple[int, ...] = Field("auto", description="folds to hold out in turn; auto: all there are")
+    weights: Which = Field("auto", description="auto: the moving average where there is one")
+    statistics: Literal["checkpoint", "measure"] = Field("checkpoint", description="whose mean and deviation")
+    from_scratch: bool = Field(False, description="the same network with random weights: what pretraining is worth")
+    objective: SupervisedOptions = SupervisedOptions()  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _one_split(self) -> FinetuneOptions:
+        if self.data.val_folds:
+            raise ValueError("data.val_folds: fine-tuning holds out each fold in turn; choose them with folds=[1,2]")
+        return self
+
+
+def checkpoint_defaults(weights: Weights) -> Mapping[str, Any]:
+    """What a fine-tuning run takes over from its checkpoint."""
+    return {key: weights.options[key] for key in ("audio", "model", "compression")}
+
+
+def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None) -> Path:
+    """Fine-tune on every fold that is not done yet, score the held-out clips, and return the folder with scores.json.
+
+    Raises:
+        UserError: the encoder does not fit the checkpoint, a fold does not exist, a clip has no label.
+    """
+    weights, stop = load_weights(ckpt, options.weights), stop or Stop()
+    if options.statistics == "measure":
+        weights = replace(weights, statistics={})
+    folder = Path(options.run_dir) if options.run_dir else _run_of(weights) / "finetune" / options.name
+    everything = Corpus.open(options.data, options.seed, folder)
+    scored: dict[int | None, tuple[Tensor, Tensor]] = {}
+    for fold in _folds(options, everything):
+        path = folder if fold is None else folder / f"fold-{fold}"
+        data = options.data.model_copy(update={"val_folds": () if fold is None else (fold,)})
+        part = options.model_copy(update={"data": data})
+        training, held_out = split(everything.manifest, data)
+        corpus = replace(
+            everything, training=training, held_out=held_out, folder=path, given=dict(weights.statistics), _statistics={}
+        )
+        initial = None if options.from_scratch else weights
+        engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune")
+        if held_out:
+            scored[fold] = _score(part, path, corpus)
+    if scored:
+        _report(folder, everything, scored, weights, options)
+    return folder
+
+
+def _run_of(weights: Weights) -> Path:
+    """The run folder of a checkpoint: runs/NAME of runs/NAME/phases/0-coarse/checkpoints/step-00000001."""
+    step = Path(weights.origin)
+    return step.parents[3] if step.parents[2].name == "phases" else step
+
+
+def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:
+    """The folds to hold out in turn; [None] where the recordings have none."""
+    there = sorted({clip.fold for clip in corpus.manifest.clips if clip.fold is not None})
+    if options.folds == "auto":
+        return [*there] if len(there) > 1 else [None]
+    if missing := set(options.folds) - set(there):
+        raise UserError(f"folds: no clip of {corpus.manifest.root} is in fold {min(missing)}; there are {there}")
+    return [*options.folds]
+
+
+def _score(options: FinetuneOptions, path: Path, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """(n, C) scores of the fold's held-out clips, and (n,) which clips they are."""
+    device = distributed.init(options.train.device).device
+    tuned = load_weights(path, options.weights)
+    model = at_full_resolution(options, tuned.state, tuned.geometry, corpus.num_classes, device)
+    return clip_scores(
+        model, corpus, options.fine_geometry, corpus.held_out, device, options.evaluation.batch_size
+    )
+
+
+def _report(
+    folder: Path, corpus: Corpus, scored: Mapping[int | None, tuple[Tensor, Tensor]], weights: Weights,
+    options: FinetuneOptions,
+) -> None:
+    """Scores over all held-out clips together and per fold: printed, and in scores.json and predictions.csv."""
+    if not distributed.init(options.train.device).is_main:
+        return
+    source = corpus.source(options.fine_geometry)
+    by_fold = {fold: metrics.score(scores, source.labels[clips]) for fold, (scores, clips) in scored.items()}
+    scores, clips = (torch.cat(parts) for parts in zip(*scored.values(), strict=True))
+    extra = {
+        "checkpoint": weights.origin, "from_scratch": options.from_scratch,
+        "folds": {str(fold): values for fold, values in by_fold.items() if fold is not None},
+    }
+    paths = [corpus.manifest.clips[i].path for i in clips.tolist()]
+    result = write_scores(folder, paths, scores, source.labels[clips], corpus.manifest.classes, extra)
+    print_scores(result)

@@ -1,0 +1,154 @@
+"""The whole page: the data of the figures as JSON, everything else as HTML, style and script inline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ssl_c2f.report import sections as s
+from ssl_c2f.report.read import AXES, RunData, read_runs
+from ssl_c2f.report.series import Column, curve, tokens_per_step
+from ssl_c2f.run import write_text
+
+# Nothing may be fetched, whatever ends up in the page.
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def write_page(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page about one or several run folders, in whatever state they are, to `out`.
+
+    Raises:
+        UserError: a run is no folder, or `out` cannot be written.
+    """
+    write_text(out, render(read_runs(runs)))
+    return out
+
+
+def render(runs: Sequence[RunData]) -> str:
+    here = Path(__file__).parent
+    title = " · ".join(run.name for run in runs)
+    data = json.dumps(figures(runs), allow_nan=False).replace("<", "\\u003c")
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name=viewport content="width=device-width, initial-scale=1"><meta name=color-scheme content="light dark">'
+        f'<link rel=icon href="data:,"><title>{escape(title)}</title>'
+        f"<style>{(here / 'page.css').read_text(encoding='utf-8')}</style></head>\n<body>"
+        f"<main><header class=top><p>ssl_c2f</p><h1>{escape(title)}</h1></header>\n"
+        + "\n".join(part for part in _sections(runs) if part)
+        + f'</main>\n<script type="application/json" id=data>{data}</script>\n'
+        f"<script>{(here / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
+    )
+
+
+def _sections(runs: Sequence[RunData]) -> list[str]:
+    """In reading order: what came out, how it got there, what it was made with."""
+    curves = _figure_places(CURVES, runs)
+    return [
+        s.section("overview", "At a glance", s.overview(runs)),
+        s.section("missing", "What is missing", s.missing_section(runs)),
+        s.section("probes", "Comparisons", _each(runs, s.free_tables)),
+        s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
+        s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
+                  "The same clips at the end of every phase: its input, what of it was kept, and the reconstruction."),
+        s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(runs)),
+        s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
+        s.section("transfer", "Weights carried over", _each(runs, lambda run: "".join(map(s.transfer_section, run.phases)))),
+        s.section("config", "Options", s.config_section(runs)),
+        s.section("provenance", "Provenance", _each(runs, s.provenance)),
+    ]
+
+
+def _each(runs: Sequence[RunData], part: Callable[[RunData], str], fold: bool = False) -> str:
+    """The part for every run that has it, under the run's name where there are several."""
+    found = [(run.name, html) for run in runs if (html := part(run))]
+    if len(runs) == 1 or not found:
+        return "".join(html for _, html in found)
+    if fold:
+        return "".join(
+            f"<details{' open' if i == 0 else ''}><summary>{escape(name)}</summary>{html}</details>"
+            for i, (name, html) in enumerate(found)
+        )
+    return "".join(f"<h3>{escape(name)}</h3>{html}" for name, html in found)
+
+
+# id, title, note
+CURVES = (
+    ("validation", "Validation loss", "Held-out clips at full resolution in every phase: the curve to compare runs by."),
+    ("probe", "Probe score", "Nearest neighbours on frozen features of held-out clips, at full resolution."),
+    ("loss", "Training loss", "Each phase at its own resolution, so a step at a boundary is no setback."),
+    ("lr", "Learning rate", ""),
+    ("tokens", "Tokens per step", "What the encoder computes: kept tokens times clips."),
+    ("mask", "Mask ratio", ""),
+)
+
+
+def _columns(run: RunData) -> dict[str, Column]:
+    log = run.log
+    named = {"validation": run.validation_loss, "probe": run.probe, "loss": "loss", "lr": "lr", "mask": "mask_ratio"}
+    columns = {figure: log.column(name) for figure, name in named.items() if name}
+    return columns | {"tokens": tokens_per_step(log)} if log.records else {}
+
+
+def figures(runs: Sequence[RunData]) -> dict[str, Any]:
+    """The data of all figures."""
+    curves = []
+    for run in runs:
+        found = {name: c for name, column in _columns(run).items() if (c := curve(run.log, column))}
+        bands = [{"name": p.name} | {axis: run.end(p.name, axis) for axis in AXES} for p in run.phases]
+        bands = [band for band in bands if all(band[axis] is not None for axis in AXES)]
+        curves.append({"name": run.name, "curves": found, "bands": bands})
+    titles = {name: {"title": title, "percent": name == "probe"} for name, title, _ in CURVES}
+    return {"runs": curves, "figures": titles, "matrices": _matrices(runs)}
+
+
+def _figure_places(places: Sequence[tuple[str, str, str]], runs: Sequence[RunData]) -> str:
+    there = {name for run in runs for name, column in _columns(run).items() if curve(run.log, column, 1)}
+    return "".join(figure("curve", name, title, note) for name, title, note in places if name in there)
+
+
+def figure(kind: str, name: str, title: str, note: str) -> str:
+    """An empty figure that the script draws into."""
+    return (
+        f'<figure class=chart data-kind="{kind}" data-name="{escape(name)}"><h3>{escape(title)}</h3>'
+        f'<div class=plot tabindex=0 role=img aria-label="{escape(title)}"></div>'
+        f"<figcaption><output></output><span class=note>{escape(note)}</span></figcaption>"
+        "<div class=save><button type=button data-save=svg>SVG</button> <button type=button data-save=csv>CSV</button></div></figure>"
+    )
+
+
+def _switches(runs: Sequence[RunData]) -> str:
+    labels = {"flops": "compute", "samples": "clips seen", "train_seconds": "training time"}
+    axes = "".join(
+        f'<label><input type=radio name=axis value="{axis}"{" checked" if axis == "flops" else ""}>{labels[axis]}</label>'
+        for axis in AXES
+    )
+    names = "".join(
+        f'<label class="run c{i % 6}"><input type=checkbox name=run value="{i}" checked><i></i>{escape(run.name)}</label>'
+        for i, run in enumerate(runs)
+    )
+    shown = f"<fieldset><legend>Runs</legend>{names}</fieldset>" if len(runs) > 1 else ""
+    return f"<form class=switches><fieldset><legend>Against</legend>{axes}</fieldset>{shown}</form>"
+
+
+def _matrices(runs: Sequence[RunData]) -> dict[str, Any]:
+    found = {}
+    for run in runs:
+        for name, scores in run.scores.items():
+            counts = scores.get("confusion", scores.get("confusion_matrix"))
+            classes = scores.get("classes", [])
+            if isinstance(counts, list) and len(counts) == len(classes) and len(classes) > 1:
+                found[f"{run.name}/{name}" if len(runs) > 1 else name] = {"classes": classes, "counts": counts}
+    return found
+
+
+def _matrix_places(runs: Sequence[RunData]) -> str:
+    places = "".join(
+        figure("matrix", name, f"Confusion matrix, {name}", "Rows: what it is. Columns: what was predicted.")
+        + figure("bars", name, f"Recall per class, {name}", "Share of each class that was recognised.")
+        for name in _matrices(runs)
+    )
+    return places and f"<div class=figures>{places}</div>"

@@ -1,0 +1,172 @@
+"""A run folder, however much of it is there. Nothing here raises because of what a crashed run left behind."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssl_c2f.options import UserError
+from ssl_c2f.report.series import AXES, Log, read_log
+from ssl_c2f.run import RunFolder
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip in one phase's film strip, as data URIs."""
+
+    name: str
+    pictures: dict[str, str]  # view -> image
+    sound: str | None
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """What is known of a phase."""
+
+    name: str
+    plan: Json = field(default_factory=dict)
+    done: Json = field(default_factory=dict)
+    transfer: Json = field(default_factory=dict)
+    pictures: Json = field(default_factory=dict)
+    clips: tuple[Clip, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is known of a run."""
+
+    name: str
+    path: Path
+    log: Log
+    phases: tuple[PhaseData, ...]
+    plan: Json
+    provenance: Json
+    config: str
+    lock: str  # "", "held" or "dead"
+    bad_files: int
+    scores: dict[str, Json]  # of finetune/NAME
+    tables: tuple[Json, ...]  # {"title", "columns", "rows", "note"} that other commands left
+
+    @property
+    def status(self) -> str:
+        if self.lock == "held":
+            return "running"
+        if self.phases and all(phase.done for phase in self.phases):
+            return "complete"
+        if not self.log.records:
+            return "nothing logged"
+        return "crashed" if self.lock == "dead" else "stopped early"
+
+    def end(self, phase: str, axis: str) -> float | None:
+        """Where a phase ends (or has got to) on an axis, counted over the whole run."""
+        done = next((p.done for p in self.phases if p.name == phase), {})
+        value = done.get(axis)
+        return float(value) if isinstance(value, int | float) else self.log.last(phase, axis)
+
+    def total(self, axis: str) -> float | None:
+        ends = [end for phase in self.phases if (end := self.end(phase.name, axis)) is not None]
+        return max(ends) if ends else None
+
+    @property
+    def probe(self) -> str | None:
+        """The metric of validation that is a score, if there is one."""
+        names = [name for name in self.log.names() if name.startswith("val/") and "loss" not in name]
+        preferred = [n for n in names if n.endswith(("accuracy", "map"))]
+        return next(iter(preferred or names), None)
+
+    @property
+    def validation_loss(self) -> str | None:
+        return next((name for name in self.log.names() if name.startswith("val/") and "loss" in name), None)
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunData]:
+    """Raises UserError if one of them is no folder."""
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run folder")
+    names = [path.resolve().name for path in paths]
+    return [
+        read_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def read_run(path: Path, name: str) -> RunData:
+    folder, plan = RunFolder(path), read_json(path / "plan.json")
+    log = read_log(folder.metrics)
+    return RunData(
+        name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
+        provenance=read_json(folder.provenance), config=_text(folder.config), lock=_lock(path / "lock"),
+        bad_files=len(_text(folder.bad_files).splitlines()),
+        scores={f.parent.name: scores for f in sorted(path.glob("finetune/*/scores.json")) if (scores := read_json(f))},
+        tables=tuple(t for f in sorted(path.glob("tables/*.json")) if (t := read_json(f)).keys() >= {"columns", "rows"}),
+    )
+
+
+def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
+    """In the order of the plan; what it does not name comes behind."""
+    plans = {str(p["name"]): p for p in plan.get("phases", []) if isinstance(p, dict) and "name" in p}
+    folders: dict[str, Path] = {}
+    for folder in sorted(path.glob("phases/*-*"), key=lambda f: (len(f.name.partition("-")[0]), f.name)):
+        folders[folder.name.partition("-")[2]] = folder
+    return tuple(
+        _phase(name, folders.get(name), plans.get(name, {}), log) for name in dict.fromkeys([*plans, *folders, *log.phases])
+    )
+
+
+def _phase(name: str, folder: Path | None, plan: Json, log: Log) -> PhaseData:
+    if folder is None:
+        return PhaseData(name, plan)
+    done = read_json(folder / "done") or ({"step": None} if (folder / "done").exists() else {})
+    pictures = read_json(folder / "pictures" / "pictures.json")
+    clips = []
+    for entry in pictures.get("clips", []):
+        images = {view: _data_uri(folder / "pictures" / file, "image/png") for view, file in entry["pictures"].items()}
+        sound = _data_uri(folder / "pictures" / entry["sound"], "audio/mpeg") if entry.get("sound") else None
+        clips.append(Clip(entry["clip"], {view: image for view, image in images.items() if image}, sound))
+    return PhaseData(name, plan, done, read_json(folder / "transfer.json"), pictures, tuple(clips))
+
+
+def read_json(file: Path) -> Json:
+    """{} if it is missing, half-written or something else than an object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _data_uri(file: Path, kind: str) -> str | None:
+    try:
+        return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    except OSError:
+        return None
+
+
+def _lock(file: Path) -> str:
+    """Whether a process holds the run, or one died holding it."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "held"
+            return "dead" if stream.read().strip() else ""
+    except OSError:
+        return ""
+
+
+__all__ = ["AXES", "Clip", "PhaseData", "RunData", "read_json", "read_runs"]

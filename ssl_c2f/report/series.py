@@ -1,0 +1,105 @@
+"""metrics.jsonl as columns, and curves that are thin enough for a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[np.float64]
+
+AXES = ("flops", "samples", "train_seconds")
+POINTS = 500  # of a curve: no screen shows more
+
+
+@dataclass(frozen=True)
+class Log:
+    """The records of a run in their order."""
+
+    records: list[dict[str, Any]]
+    broken: int = 0  # lines that are no JSON objects, such as the last one of a run that was killed
+
+    @cached_property
+    def phases(self) -> list[str]:
+        """Names of the phases in the order of their first record."""
+        return list(dict.fromkeys(str(r["phase"]) for r in self.records if "phase" in r))
+
+    @cached_property
+    def phase_index(self) -> npt.NDArray[np.int64]:
+        place = {name: i for i, name in enumerate(self.phases)}
+        return np.array([place.get(str(r.get("phase")), -1) for r in self.records], dtype=np.int64)
+
+    def column(self, name: str) -> Column:
+        """(records,) values; NaN where a record has no such number."""
+        values = (record.get(name) for record in self.records)
+        return np.array([v if _is_number(v) else np.nan for v in values], dtype=np.float64)
+
+    def names(self) -> list[str]:
+        """All metrics of any record."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
+
+    def last(self, phase: str, name: str) -> float | None:
+        """The last finite value of a metric in a phase."""
+        for record in reversed(self.records):
+            if record.get("phase") == phase and _is_number(record.get(name)):
+                return float(record[name])
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_log(file: Path) -> Log:
+    """Read what is readable; a file that is not there is an empty log."""
+    records, broken = [], 0
+    if not file.exists():
+        return Log([])
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                broken += 1
+    return Log(records, broken)
+
+
+def tokens_per_step(log: Log) -> Column:
+    """Tokens that the encoder saw in each step since the record before."""
+    step, tokens = log.column("step"), log.column("tokens")
+    steps, seen = np.diff(step, prepend=0.0), np.diff(tokens, prepend=0.0)
+    return np.where(steps > 0, seen / np.where(steps > 0, steps, 1.0), np.nan)
+
+
+def curve(log: Log, values: Column, points: int = POINTS) -> dict[str, list[float]] | None:
+    """The curve of a column against every axis: means of up to `points` stretches, none across two phases.
+
+    Where a mean hides several records, "low" and "high" are the least and greatest of them. None if there is no value.
+    """
+    axes = {axis: log.column(axis) for axis in AXES}
+    rows = np.flatnonzero(np.isfinite(values) & np.all([np.isfinite(axis) for axis in axes.values()], axis=0))
+    if not len(rows):
+        return None
+    stretch = np.arange(len(rows)) * min(points, len(rows)) // len(rows)
+    phase = log.phase_index[rows]
+    starts = np.flatnonzero(np.diff(stretch, prepend=-1) | np.diff(phase, prepend=phase[0]))
+    count = np.diff(starts, append=len(rows))
+    y = values[rows]
+    result = {axis: _short(column[rows][starts + count - 1]) for axis, column in axes.items()}
+    result["y"] = _short(np.add.reduceat(y, starts) / count)
+    if len(starts) < len(rows):
+        result["low"], result["high"] = _short(np.minimum.reduceat(y, starts)), _short(np.maximum.reduceat(y, starts))
+    return result
+
+
+def _short(values: Column) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]

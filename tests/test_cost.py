@@ -1,0 +1,104 @@
+"""The cost that is promised before a run is the cost that PyTorch counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_c2f import cost, draws
+from ssl_c2f.data.front_end import FrontEnd, Items, Masking, Statistics
+from ssl_c2f.geometry import AudioOptions, Compression, Geometry, make_geometry
+from ssl_c2f.masking import num_masked
+from ssl_c2f.models.decoder import decoder_cost
+from ssl_c2f.models.vit import EncoderOptions, encoder_cost
+from ssl_c2f.objectives import build_objective, objective_cost
+from ssl_c2f.objectives.mae import MAEOptions
+from ssl_c2f.objectives.supervised import SupervisedOptions
+
+AUDIO = AudioOptions(clip_seconds=1.2)
+SMALL = EncoderOptions(width=32, depth=2, heads=2)
+CLASSES, CLIPS = 10, 1
+
+
+def counted(objective: torch.nn.Module, geometry: Geometry, masking: Masking | None) -> float:
+    """FLOPs of a clip in one training step, by PyTorch's counter. It reports 0 for fused attention on a CPU."""
+    items = Items(
+        audio=torch.randn(CLIPS, geometry.clip_samples), num_samples=torch.full((CLIPS,), geometry.clip_samples),
+        index=torch.arange(CLIPS), keys=draws.key(0, torch.arange(CLIPS)), labels=torch.eye(CLASSES)[:CLIPS],
+    )
+    batch = FrontEnd(geometry, Statistics(0.0, 1.0))(items, masking)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(batch).loss.backward()
+    return counter.get_total_flops() / CLIPS
+
+
+@pytest.mark.parametrize(
+    ("compression", "factor"), [("frame_shift", 1), ("frame_shift", 4), ("pool_mean", 2), ("pool_max", 3), ("patch", 4)]
+)
+def test_masked_autoencoding_costs_what_the_counter_says(compression: Compression, factor: int) -> None:
+    geometry = make_geometry(AUDIO, compression, (16, 16), factor)
+    for model, options, ratio in [
+        (SMALL, MAEOptions(decoder_width=16, decoder_depth=2, decoder_heads=2), 0.75),
+        (SMALL.model_copy(update={"mlp_ratio": 2.5, "depth": 1}), MAEOptions(decoder_width=48, norm_targets=True), 0.4),
+    ]:
+        objective = build_objective(model, options, geometry, 0)
+        found = counted(objective, geometry, Masking("uniform", ratio, (3, 5)))
+        expected = cost.step_flops(objective_cost(model, options, geometry, ratio, 0))
+        assert expected == pytest.approx(found, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("patch", "options"),
+    [
+        ((16, 16), {"head": "mean_pool"}),
+        ((128, 2), {"head": "class_token", "labels": "multi"}),
+        ((16, 16), {"head": "linear"}),
+        ((8, 32), {"head": "linear"}),
+    ],
+)
+def test_supervised_training_costs_what_the_counter_says(patch: tuple[int, int], options: dict[str, Any]) -> None:
+    geometry = make_geometry(AUDIO, "frame_shift", patch, 2)
+    supervised = SupervisedOptions(**options)
+    objective = build_objective(SMALL, supervised, geometry, CLASSES)
+    found = counted(objective, geometry, None)
+    assert cost.step_flops(objective_cost(SMALL, supervised, geometry, 0.5, CLASSES)) == pytest.approx(found, rel=0.001)
+
+
+def test_a_probe_runs_its_encoder_forward_only() -> None:
+    geometry = make_geometry(AUDIO, "frame_shift", (16, 16))
+    probe = objective_cost(SMALL, SupervisedOptions(head="linear"), geometry, 0.5, CLASSES)
+    tuned = objective_cost(SMALL, SupervisedOptions(head="mean_pool"), geometry, 0.5, CLASSES)
+    assert cost.forward_flops(probe) == cost.forward_flops(tuned)
+    assert cost.step_flops(probe) < 0.36 * cost.step_flops(tuned)
+
+
+def test_the_designs_figures() -> None:
+    """ViT-B's encoder at 512, 256 and 128 tokens; and a full decoder is most of a masked step."""
+    at = [cost.transformer(tokens, 768, 12, 4.0) for tokens in (512, 256, 128)]
+    assert [round(x / at[0], 3) for x in at] == [1, 0.475, 0.231]
+
+    base = EncoderOptions(width=768, depth=12, heads=12)
+    geometry = make_geometry(AudioOptions(clip_seconds=10.24), "frame_shift", (16, 16))
+    kept = 512 - num_masked(512, 0.8)
+    decoder = cost.step_flops(decoder_cost(base, 512, 8, geometry, kept))
+    assert decoder / (decoder + cost.step_flops(encoder_cost(base, geometry, kept))) == pytest.approx(0.63, abs=0.005)
+
+
+def test_a_coarse_phase_keeps_fewer_activations() -> None:
+    fine, coarse = (make_geometry(AUDIO, "pool_mean", (16, 16), factor) for factor in (1, 2))
+    assert coarse.num_tokens < fine.num_tokens
+    sizes = [cost.transformer_bytes(g.num_tokens, 32, 3, 4.0) for g in (fine, coarse)]
+    assert sizes[0] / sizes[1] == fine.num_tokens / coarse.num_tokens
+    assert cost.transformer_bytes(8, 32, 3, 4.0, bytes_per_value=2) == cost.transformer_bytes(8, 32, 3, 4.0) / 2
+    assert cost.state_bytes(10, ema=True) - cost.state_bytes(10, ema=False) == 40
+
+
+def test_only_real_columns_cost() -> None:
+    geometry = make_geometry(AUDIO, "patch", (16, 16), 1, multiple=640)
+    wider = replace(geometry, num_frames=geometry.num_frames * 2, grid_t=geometry.grid_t * 2)
+    assert objective_cost(SMALL, MAEOptions(), geometry, 0.5, 0) == objective_cost(SMALL, MAEOptions(), wider, 0.5, 0)
