@@ -152,18 +152,18 @@ def _probe(arguments: argparse.Namespace) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from ssl_c2f import options
-    from ssl_c2f.probe import EmbedOptions, embed
+    from ssl_c2f.embed import EmbedOptions, embed
 
     embed(arguments.ckpt, options.load(EmbedOptions, None, arguments.words))
 
 
-def _predict(arguments: argparse.Namespace) -> int | None:
+def _predict(arguments: argparse.Namespace) -> None:
     from ssl_c2f import options
     from ssl_c2f.predict import PredictOptions, predict
 
     paths = [Path(word) for word in arguments.words if "=" not in word or Path(word).exists()]
     overrides = [word for word in arguments.words if Path(word) not in paths]
-    return predict(arguments.ckpt, paths, options.load(PredictOptions, None, overrides))
+    predict(arguments.ckpt, paths, options.load(PredictOptions, None, overrides))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,7 +39,7 @@ from ssl_c2f.training import Run, Training, build, carry_over, prepare, save, st
 from ssl_c2f.validate import at_full_resolution, validate
 from ssl_c2f.weights import Weights
 
-# What may change when a run is resumed: where it runs and how it is watched, never what it computes.
+# What may change when a run is resumed, besides added phases: where it runs and how it is watched, not what it computes
 MAY_CHANGE = (
     "run_dir", "name", "folds",
     "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
@@ -51,8 +52,8 @@ MAY_CHANGE = (
 class Step:
     """What one step gave."""
 
-    loss: Tensor
-    metrics: dict[str, Tensor]
+    names: tuple[str, ...]  # the loss, and the objective's metrics
+    means: Tensor  # of these over the device's share of the batch
     grad_norm: float
     lr: float
     waited: float  # seconds for data
@@ -76,8 +77,8 @@ def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], fro
             result: StepResult = t.model(batch)
         share = size / sum(sizes)
         with _no_sync(t.model, i < len(sizes) - 1):
-            (result.loss * share).backward()
-        results.append({name: value.detach() * share for name, value in {"loss": result.loss, **result.metrics}.items()})
+            (result.loss * share).backward()  # type: ignore[no-untyped-call]
+        results.append(torch.stack([result.loss.detach(), *result.metrics.values()]) * share)
     norm = float(nn.utils.clip_grad_norm_(t.objective.parameters(), o.optim.clip_norm))
     if math.isfinite(norm):
         t.optimizer.step()
@@ -86,12 +87,17 @@ def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], fro
     else:
         t.skipped += 1
         if t.skipped > o.train.max_nonfinite:
-            good = checkpoint.newest(run.phase_folder(phase).checkpoints)
-            raise UserError(f"{t.skipped} steps had a non-finite loss; the last good checkpoint is {good or 'none yet'}")
+            good = _last_checkpoint(run, phase) or "none yet"
+            raise UserError(f"{t.skipped} steps had a non-finite loss; the last good checkpoint is {good}")
     t.optimizer.zero_grad(set_to_none=True)
     t.step += 1
-    mean = {name: torch.stack([r[name] for r in results]).sum() for name in results[0]}
-    return Step(mean.pop("loss"), mean, norm, lr, waited)
+    return Step(("loss", *result.metrics), torch.stack(results).sum(0), norm, lr, waited)
+
+
+def _last_checkpoint(run: Run, phase: Phase) -> Path | None:
+    """The newest of the phase or of those before it. Skipped steps change no weights, so it holds finite ones."""
+    so_far = reversed(run.curriculum.phases[: phase.index + 1])
+    return next(filter(None, (checkpoint.newest(run.phase_folder(p).checkpoints) for p in so_far)), None)
 
 
 def _next(loader: Iterator[Items]) -> Items:
@@ -148,28 +154,31 @@ def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progres
     batches = positions(
         run.curriculum, t.step, phase.last_step, run.dist.rank, run.dist.world, o.train.max_batch_per_device
     )
-    loader = iter(make_loader(clips, list(batches), corpus.workers(geometry)))
+    loader = iter(make_loader(clips, batches, corpus.workers(geometry)))
     all_flops = run.counters(run.curriculum.steps)["flops"]
+    logged, seconds, waited = t.step, 0.0, 0.0  # since the last line
     while t.step < phase.last_step:
         began = time.perf_counter()
         step = train_step(run, t, run.curriculum.lookup(t.step), loader, front_end)
         last = t.step == phase.last_step
         log = last or t.step % o.train.log_every == 0
-        loss = float(run.dist.sum(step.loss)) / run.dist.world if log else math.nan
-        seconds = time.perf_counter() - began
-        t.train_seconds += seconds
+        means = (run.dist.sum(step.means) / run.dist.world).tolist() if log else []
+        took = time.perf_counter() - began
+        t.train_seconds, seconds, waited = t.train_seconds + took, seconds + took, waited + step.waited
         counters = run.counters(t.step)
-        axes = {"phase": phase.name, "step": t.step, **counters, "train_seconds": t.train_seconds}
-        rate, wait = phase.batch_size / seconds, step.waited / seconds
+        place: dict[str, float | str] = {"phase": phase.name, "step": t.step}
+        axes = place | counters | {"train_seconds": t.train_seconds}
         if log and tracker:
-            tracker.log(axes | {
-                "loss": loss, **{name: float(value) for name, value in step.metrics.items()}, "lr": step.lr,
-                "grad_norm": step.grad_norm, "mask_ratio": phase.mask_ratio, "skipped": t.skipped,
+            rate, wait = (t.step - logged) * phase.batch_size / seconds, waited / seconds
+            tracker.log(axes | dict(zip(step.names, means, strict=True)) | {
+                "lr": step.lr, "grad_norm": step.grad_norm, "mask_ratio": phase.mask_ratio, "skipped": t.skipped,
                 "clips_per_second": rate, "data_wait": wait,
             })
             progress.update(
-                t.step, loss=loss, lr=step.lr, clips_per_second=rate, wait=wait, run_done=counters["flops"] / all_flops
+                t.step, loss=means[0], lr=step.lr, clips_per_second=rate, wait=wait,
+                run_done=counters["flops"] / all_flops,
             )
+            logged, seconds, waited = t.step, 0.0, 0.0
         if o.evaluation.every and (last or _validation_due(run, t.step)):
             _validate(run, t, geometry, tracker, axes, progress.note)
         stopped = run.dist.any_rank(bool(run.stop.signum))
@@ -212,8 +221,8 @@ def _validate(
 
 
 def rehearse(run: Run, phases: Collection[Phase]) -> None:
-    """Run one micro-batch of noise through every phase and boundary, backward and optimiser step included, and throw
-    all of it away: what does not fit or cannot work fails now. No weight, generator or counter of the run is touched.
+    """Run two steps of noise through every phase and boundary, in micro-batches of the real size, and throw all of it
+    away: what does not fit or cannot work fails now. No weight, generator or counter of the run is touched.
 
     Raises:
         UserError: a phase does not fit into memory.
@@ -222,18 +231,21 @@ def rehearse(run: Run, phases: Collection[Phase]) -> None:
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         for phase in sorted(phases, key=lambda p: p.index):
-            size = micro_batches(phase.batch_size // run.dist.world, o.train.max_batch_per_device)[-1]
+            sizes = micro_batches(phase.batch_size // run.dist.world, o.train.max_batch_per_device)[-2:]
             try:
                 t = prepare(run, build(run, phase), 0)
                 if before:
                     carry_over(t, before.objective.state_dict(), before.ema, before.geometry, o.geometries[phase.index])
                 front_end = FrontEnd(o.geometries[phase.index], Statistics(0.0, 1.0)).to(device)
-                place = Place(phase.index, replace(phase, batch_size=size * run.dist.world), 0.0, 0.0)
-                train_step(run, t, place, iter([noise(run, phase, size)]), front_end)
-            except torch.OutOfMemoryError:
+                place = Place(phase.index, replace(phase, batch_size=sum(sizes) * run.dist.world), 0.0, 0.0)
+                for _ in range(2):  # memory is fullest in the second: beside gradients and the optimiser's moments
+                    train_step(run, t, place, iter([noise(run, phase, size) for size in sizes]), front_end)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
                 raise UserError(
-                    f"phase {phase.name} does not fit into memory with {size} clips at a time: "
-                    f"set train.max_batch_per_device below {size}"
+                    f"phase {phase.name} does not fit into memory with {sizes[-1]} clips at a time: "
+                    f"set train.max_batch_per_device below {sizes[-1]}"
                 ) from None
             before = t
 
@@ -263,10 +275,12 @@ def open_run(
     """
     for phase in options.phases:
         if phase.batch_size % dist.world:
-            raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {dist.world} processes")
-    folder = RunFolder(path)
+            raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {dist.world} devices")
+    folder, text = RunFolder(path), option_files.dump(options)
     if dist.is_main and folder.config.exists():
-        folder.check_config(option_files.dump(options), MAY_CHANGE)
+        begun = len(yaml.safe_load(folder.config.read_text())["phases"])
+        added = (f"phases.{i}.*" for i in range(begun, len(options.phases)))
+        folder.check_config(text, (*MAY_CHANGE, *added))
     if corpus is None:
         corpus = Corpus.open(options.data, options.seed, path, main=dist.is_main)
     if initial:
@@ -274,8 +288,9 @@ def open_run(
     _check_labels(options, corpus)
     curriculum = options.curriculum(len(corpus.training), corpus.num_classes)
     if dist.is_main:
-        RunFolder.create(path, option_files.dump(options))
+        RunFolder.create(path, text)
         _check_recordings(path / "recordings.json", corpus)
+        write_text(folder.config, text)  # with what may change
         plan = make_plan(options, len(corpus.training), corpus.num_classes)
         write_text(folder.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
         for geometry in {*options.geometries, options.fine_geometry}:
@@ -306,8 +321,8 @@ def _check_recordings(file: Path, corpus: Corpus) -> None:
         write_text(file, json.dumps(facts, indent=1) + "\n")
     elif (before := json.loads(file.read_text())) != facts:
         raise UserError(
-            f"the recordings changed since {file.parent} was begun ({before['clips']} clips then, {facts['clips']} now); "
-            "use another run_dir"
+            f"the recordings changed since {file.parent} was begun ({before['clips']} clips then, {facts['clips']} "
+            "now): use another run_dir"
         )
 
 
@@ -327,7 +342,7 @@ def run(
     with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
         job = open_run(options, path, dist, stop, initial, corpus, kind)
         wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
-        todo = [p for p in wanted if not job.phase_folder(p).is_done()]
+        todo = dist.broadcast_object([p for p in wanted if not job.phase_folder(p).is_done()])  # all see what one saw
         if dead:
             print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
         if options.train.rehearse:

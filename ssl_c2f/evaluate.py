@@ -44,7 +44,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     """Score a supervised checkpoint on labelled recordings: prints, writes and returns the scores.
 
     Raises:
-        UserError: no classifier in the checkpoint, a label that it does not know, no labelled recording that can be read.
+        UserError: no classifier in the checkpoint, a label that it does not know, no labelled recording to be read.
     """
     model = open_model(ckpt, options)
     classifier = require_classifier(model)
@@ -66,7 +66,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
         corpus.source(model.geometry).labels[found], model.classes,
         {
             "checkpoint": model.weights.origin, "resolution": options.resolution, "only_folds": list(options.folds),
-            "seen_in_training": seen, "unlabelled": unlabelled, "bad_files": tell_bad(corpus),
+            "seen_in_training": seen, "unlabelled": unlabelled, "bad_files": tell_bad(corpus.bad.seen),
         },
     )
     print_scores(result)
@@ -93,7 +93,8 @@ def seen_in_training(weights: Weights, manifest: Manifest, clips: Sequence[int])
     """How many of the clips the checkpoint's run was trained on; 0 where it was trained on another set."""
     run = run_of(weights)
     try:
-        facts, config = json.loads((run / "recordings.json").read_text()), yaml.safe_load((run / "config.yaml").read_text())
+        facts = json.loads((run / "recordings.json").read_text())
+        config = yaml.safe_load((run / "config.yaml").read_text())
         data = DataOptions.model_validate(config["data"], strict=False)
     except (OSError, ValueError, KeyError, TypeError):  # a checkpoint without its run
         return 0
@@ -166,7 +167,8 @@ def print_scores(result: Mapping[str, Any]) -> None:
     """Print what `write_scores` returned: the score, the scores of folds where it has them, and what is confused."""
     if "accuracy" in result:
         low, high = result["interval"]
-        print(f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}) on {result['clips']} recordings")
+        spread = f"95 % interval {low:.4f} to {high:.4f}"
+        print(f"accuracy {result['accuracy']:.4f} ({spread}) on {result['clips']} recordings")
     else:
         names = {"map": "mAP", "auc": "AUC", "d_prime": "d'"}
         print(", ".join(f"{n} {shown(result[k])}" for k, n in names.items()) + f" on {result['clips']} recordings")
@@ -184,7 +186,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
 
 
 def print_confusion(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
-    """A table of (C, C) counts, rows what it is and columns what was predicted; of many classes, what is confused most."""
+    """A table of (C, C) counts; of many classes, what is confused most often."""
     if len(classes) <= _MOST_COLUMNS:
         rows = [
             (i, name, *(count or "." for count in row), shown(row[i] / sum(row) if sum(row) else None))

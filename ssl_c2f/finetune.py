@@ -46,8 +46,10 @@ def checkpoint_defaults(weights: Weights) -> Mapping[str, Any]:
     return {key: weights.options[key] for key in ("audio", "model", "compression")}
 
 
-def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None) -> Path:
+def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, report: bool = True) -> Path:
     """Fine-tune on every fold that is not done yet, score the held-out clips, and return the folder with scores.json.
+
+    Without `report` it only trains: for jobs that share the folder, each with a fold of its own.
 
     Raises:
         UserError: the encoder does not fit the checkpoint, a fold does not exist, a clip has no label.
@@ -68,7 +70,7 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None) -> 
         )
         initial = None if options.from_scratch else weights
         engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune")
-        if held_out:
+        if held_out and report:
             scored[fold] = _score(part, path, corpus)
     if scored:
         _report(folder, everything, scored, weights, options)

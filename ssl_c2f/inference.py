@@ -6,7 +6,7 @@ Legend: W windows, n clips, D values that are read off a window.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ class InferenceOptions(Options):
     batch_size: int = Field(32, ge=1, description="windows at a time")
     weights: Which = Field("auto", description="auto: the moving average where there is one")
     resolution: Literal["full", "trained"] = Field(
-        "full", description="full: time factor 1, as in validation; trained: that of the phase that the checkpoint is of"
+        "full", description="full: time factor 1, as in validation; trained: that of the checkpoint's phase"
     )
 
 
@@ -77,10 +77,11 @@ class Rows:
     values: Tensor  # (W, D) float32
     clip: Tensor  # (W,) index into the corpus
     start: Tensor  # (W,) seconds into the recording
+    frames: Tensor  # (W,) real frames
 
     def by_clip(self) -> tuple[Tensor, Tensor]:
-        """(n, D) means over the windows of each clip, and (n,) which clips, ascending."""
-        return mean_by_clip(self.values, self.clip)
+        """(n, D) means over the frames of each clip, and (n,) which clips, ascending."""
+        return mean_by_clip(self.values, self.clip, self.frames)
 
 
 def open_model(ckpt: Path, options: InferenceOptions) -> Model:
@@ -131,7 +132,7 @@ def open_corpus(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_windows(model: Model, corpus: Corpus, read: Callable[[Batch], Tensor], title: str) -> Rows:
     """Read (B, D) values off each batch of the windows that cover the recordings of a corpus.
 
@@ -147,25 +148,25 @@ def run_windows(model: Model, corpus: Corpus, read: Callable[[Batch], Tensor], t
     parts, done = [], 0
     with Count(title) as count:
         for batch in batches(corpus, model.geometry, everything, model.device, model.batch_size):
-            parts.append((read(batch).float().cpu(), batch.index.cpu()))
+            parts.append((read(batch).float().cpu(), batch.index.cpu(), batch.num_frames.cpu()))
             done += len(batch.index)
             count.update(done, len(planned))
     unreadable = {i for i in everything if corpus.manifest.clips[i].path in corpus.bad.seen}
     if len(unreadable) == len(everything):
         path, reason = next(iter(corpus.bad.seen.items()))
         raise UserError(f"none of {len(corpus.bad.seen)} recordings can be read; {path}: {reason}")
-    values, index = (torch.cat(column) for column in zip(*parts, strict=True))
+    values, index, frames = (torch.cat(column) for column in zip(*parts, strict=True))
     kept = torch.tensor([i not in unreadable for i in index.tolist()])
     starts = torch.tensor([start for clip, start in planned if clip not in unreadable]) / model.geometry.sample_rate
-    rows = Rows(values[kept], index[kept], starts)
+    rows = Rows(values[kept], index[kept], starts, frames[kept])
     assert len(rows.clip) == len(rows.start)
     return rows
 
 
-def tell_bad(corpus: Corpus) -> dict[str, str]:
-    """Name the unreadable files on stderr; path -> reason."""
-    for path, reason in corpus.bad.seen.items():
+def tell_bad(bad: Mapping[str, str]) -> dict[str, str]:
+    """Name the unreadable files (path -> reason) on stderr, and give them back."""
+    for path, reason in bad.items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    if corpus.bad.seen:
-        print(f"unreadable files skipped: {len(corpus.bad.seen)}", file=sys.stderr)
-    return dict(corpus.bad.seen)
+    if bad:
+        print(f"unreadable files skipped: {len(bad)}", file=sys.stderr)
+    return dict(bad)

@@ -24,19 +24,20 @@ from ssl_c2f.data.front_end import Batch, Masking
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.objectives import Objective
 from ssl_c2f.options import UserError
-from ssl_c2f.run import write_text
+from ssl_c2f.run import write_bytes, write_text
 from ssl_c2f.validate import batches
 
 LEVELS = 255  # colours of the scale; one more entry of the palette is for NaN
 NOTHING = (128, 128, 128)  # NaN: not kept
-_ANCHORS = ((0.02, -0.05), (0.07, -0.14), (0.16, -0.02), (0.10, 0.11), (0.0, 0.05))  # night, violet, rose, apricot, cream
+# OKLab (a, b) of night, violet, rose, apricot and cream
+_ANCHORS = ((0.02, -0.05), (0.07, -0.14), (0.16, -0.02), (0.10, 0.11), (0.0, 0.05))
 _LISTEN_RATE = 16000  # Hz; every browser plays an MP3 of that rate
 _MAX_COLUMNS = 1200  # a screen shows no more
 
 
 @cache
 def palette() -> npt.NDArray[np.uint8]:
-    """(256, 3) sRGB: equal steps of the scale are equal steps of OKLab lightness (Ottosson, 2020); the last is NaN's."""
+    """(256, 3) sRGB: equal steps of the scale are equal steps of OKLab lightness (Ottosson, 2020); NaN has the last."""
     place = np.linspace(0.0, 1.0, LEVELS)
     a, b = (np.interp(place, np.linspace(0, 1, len(_ANCHORS)), axis) for axis in zip(*_ANCHORS, strict=True))
     lightness = 0.16 + 0.80 * place
@@ -102,7 +103,7 @@ def chosen_clips(corpus: Corpus, count: int = 3) -> list[int]:
 def save_pictures(
     folder: Path, objective: Objective, corpus: Corpus, masking: Masking | None, device: torch.device, *, count: int = 3
 ) -> dict[str, Path]:
-    """Write pictures and sound of a few clips in the geometry of `objective`, and pictures.json that says what they are.
+    """Write pictures and sound of a few clips in the geometry of `objective`, and pictures.json, which describes them.
 
     The objective is put into evaluation mode for it, and back.
 
@@ -123,7 +124,7 @@ def save_pictures(
             header = corpus.manifest.clips[clip]
             names = {key.split("-", 1)[1]: f"{key}.png" for key in strip if key.startswith(f"{i}-")}
             for view, name in names.items():
-                _write(folder / name, strip[name.removesuffix(".png")])
+                write_bytes(folder / name, strip[name.removesuffix(".png")])
                 files[f"{header.path}/{view}"] = folder / name
             found.append({
                 "clip": header.path, "labels": list(header.labels), "pictures": names,
@@ -151,14 +152,5 @@ def _save_sound(file: Path, corpus: Corpus, geometry: Geometry, clip: int) -> st
         soundfile.write(stream, sound.numpy(), _LISTEN_RATE, format="MP3", subtype="MPEG_LAYER_III")
     except (AudioError, UserError, soundfile.LibsndfileError, RuntimeError):
         return None  # a picture without sound is better than none
-    _write(file, stream.getvalue())
+    write_bytes(file, stream.getvalue())
     return file.name
-
-
-def _write(file: Path, content: bytes) -> None:
-    """pictures.json, which is written last, says that they are all there; so they need no temporary names."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error

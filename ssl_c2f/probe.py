@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ssl_c2f import draws, metrics
+from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.evaluate import data_name, finite, shown
@@ -37,7 +38,7 @@ class ProbeOptions(RecordingOptions):
     baseline: bool = Field(True, description="also probe the mean and deviation of the log-mel values of each mel bin")
     random: bool = Field(True, description="also probe an encoder of the same shape with random weights")
     strengths: tuple[float, ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="C of the logistic regression; the best on training folds"
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="C of the regression; chosen on training folds"
     )
     knn: int = Field(10, ge=1, description="neighbours")
     splits: int = Field(5, ge=2, description="folds that are made where the recordings have none")
@@ -59,10 +60,8 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
     )
     if corpus.num_classes < 2:
         raise UserError(f"{manifest.root}: a probe needs recordings of at least two classes")
-    features, found = _features(model, corpus_readers(model, options), lambda read: run_windows(
-        model, corpus, read, "reading features"
-    ).by_clip())
-    bad = tell_bad(corpus)
+    features, found = _features(model, corpus, _readers(model, options))
+    bad = tell_bad(corpus.bad.seen)
     labels = corpus.source(model.geometry).labels[found]
     folds, split = choose_folds([corpus.manifest.clips[i].fold for i in found.tolist()], labels, options)
     rows = _probe_all(features, labels, folds, options)
@@ -77,7 +76,7 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
     return result
 
 
-def corpus_readers(model: Model, options: ProbeOptions) -> dict[str, Reader]:
+def _readers(model: Model, options: ProbeOptions) -> dict[str, Reader]:
     """What is probed: name -> (B, 2 D) means and deviations of a batch of windows."""
     readers: dict[str, Reader] = {"checkpoint": lambda batch: model.objective.embed(batch, "mean_std")}
     if options.random:
@@ -99,9 +98,7 @@ def log_mel_statistics(batch: Batch) -> Tensor:
     return torch.cat([mean, variance.sqrt()], dim=1)
 
 
-def _features(
-    model: Model, readers: Mapping[str, Reader], run: Callable[[Reader], tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Tensor], Tensor]:
+def _features(model: Model, corpus: Corpus, readers: Mapping[str, Reader]) -> tuple[dict[str, Tensor], Tensor]:
     """(n, 2 D) of each reader, all from one pass over the recordings, and (n,) which clips."""
     widths: dict[str, int] = {}
 
@@ -110,8 +107,8 @@ def _features(
         widths.update({name: part.shape[1] for name, part in parts.items()})
         return torch.cat(list(parts.values()), dim=1)
 
-    rows, found = run(read)
-    return dict(zip(readers, rows.split(list(widths.values()), dim=1), strict=True)), found
+    rows, found = run_windows(model, corpus, read, "reading features").by_clip()
+    return dict(zip(readers, torch.split(rows, list(widths.values()), dim=1), strict=True)), found
 
 
 def choose_folds(given: Sequence[int | None], labels: Tensor, options: ProbeOptions) -> tuple[Tensor, str]:
@@ -148,7 +145,7 @@ def _probe_all(
     with Count("fitting probes") as count:
         for name, both in features.items():
             for readout, x in (("mean", both[:, : both.shape[1] // 2]), ("mean+std", both)):
-                by_fold = {int(fold): probe_fold(x, labels, folds, int(fold), options) for fold in folds.unique()}
+                by_fold = {fold: probe_fold(x, labels, folds, fold, options) for fold in sorted(set(folds.tolist()))}
                 rows.append({"features": name, "readout": readout, **_spread(by_fold)})
                 count.update(len(rows), 2 * len(features))
     return rows
@@ -157,66 +154,70 @@ def _probe_all(
 def probe_fold(x: Tensor, labels: Tensor, folds: Tensor, fold: int, options: ProbeOptions) -> dict[str, Any]:
     """Scores on one fold of probes that were fitted, standardised and regularised on the other folds alone."""
     train, test = folds != fold, folds == fold
-    strength = choose_strength(x[train], labels[train], folds[train], options)
+    single = bool((labels.sum(1) == 1).all())
+    strength = choose_strength(x[train], labels[train], folds[train], options, single)
     a, b = standardise(x[train], x[test])
-    linear = linear_scores(a, labels[train], b, [strength])[0]
+    linear = linear_scores(a, labels[train], b, [strength], single)[0]
     nearest = metrics.knn_scores(b, a, labels[train], options.knn)
-    single = _single(labels)
     return {
         "linear": _score(linear, labels[test], single), "knn": _score(nearest, labels[test], single), "C": strength,
         "clips": int(test.sum()), "metric": "accuracy" if single else "map",
     }
 
 
-def choose_strength(x: Tensor, labels: Tensor, folds: Tensor, options: ProbeOptions) -> float:
-    """The C that is best in cross-validation; whole folds are held out, so that what belongs together stays together."""
+def choose_strength(x: Tensor, labels: Tensor, folds: Tensor, options: ProbeOptions, single: bool) -> float:
+    """The C that is best in cross-validation; whole folds are held out, so what belongs together stays so."""
     if len(options.strengths) == 1:
         return options.strengths[0]
     strengths = sorted(options.strengths)
-    ranks = folds.unique(return_inverse=True)[1]
-    groups = ranks % _INNER if int(ranks.max()) > 0 else deal(labels, _INNER, options.seed)
+    whole = sorted(set(folds.tolist()))
+    groups = torch.tensor([whole.index(fold) % _INNER for fold in folds.tolist()])
+    if len(whole) == 1:
+        groups = deal(labels, _INNER, options.seed)
     scores = torch.zeros(len(strengths), *labels.shape)
-    for group in groups.unique():
+    for group in sorted(set(groups.tolist())):
         held_out = groups == group
         a, b = standardise(x[~held_out], x[held_out])
-        scores[:, held_out] = torch.stack(linear_scores(a, labels[~held_out], b, strengths))
-    values = torch.tensor([_score(each, labels, _single(labels)) for each in scores]).nan_to_num(0.0)
+        scores[:, held_out] = torch.stack(linear_scores(a, labels[~held_out], b, strengths, single))
+    values = torch.tensor([_score(each, labels, single) for each in scores]).nan_to_num(0.0)
     return strengths[int(values.argmax())]  # of equals the strongest regularisation
 
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """All of them with the mean and deviation of `train`; what is constant there becomes 0 or stays as small as it is."""
+    """All of them with the mean and deviation of `train`; what is constant there is only centred."""
     mean, std = train.mean(0), train.std(0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
     return [(x - mean) / scale for x in (train, *others)]
 
 
-def linear_scores(x: Tensor, labels: Tensor, queries: Tensor, strengths: Sequence[float]) -> list[Tensor]:
-    """Logistic regression on (n, D) and (n, C), for each C in ascending order -> (m, C) probabilities of (m, D) queries.
+def linear_scores(
+    x: Tensor, labels: Tensor, queries: Tensor, strengths: Sequence[float], single: bool
+) -> list[Tensor]:
+    """Logistic regression on (n, D) and (n, C) -> for each of its C, ascending, (m, C) probabilities of (m, D) queries.
 
-    One for all classes where every clip has one label, else one for each class. A class without examples scores 0.
+    One regression for all classes if every clip has a `single` label, else one for each class.
     """
-    targets = [labels.argmax(1)] if _single(labels) else list(labels.T)
-    results = [torch.zeros(len(queries), labels.shape[1]) for _ in strengths]
-    for column, target in enumerate(targets):
-        whole = len(targets) == 1 < labels.shape[1]
-        if len(there := target.unique().int()) == 1:
-            for result in results:
-                result[:, int(there[0]) if whole else column] = 1.0 if whole else float(there[0])
-            continue
-        model = LogisticRegression(max_iter=2000, tol=1e-3, warm_start=True)
-        for strength, result in zip(strengths, results, strict=True):
-            model.set_params(C=strength).fit(x.numpy(), target.int().numpy())
-            probabilities = torch.from_numpy(np.asarray(model.predict_proba(queries.numpy()))).float()
-            if whole:
-                result[:, torch.from_numpy(model.classes_).long()] = probabilities
-            else:
-                result[:, column] = probabilities[:, 1]
+    if single:
+        return _regression(x, labels.argmax(1), queries, strengths, labels.shape[1])
+    columns = [_regression(x, column.long(), queries, strengths, 2) for column in labels.T]
+    return [torch.stack([path[i][:, 1] for path in columns], dim=1) for i in range(len(strengths))]
+
+
+def _regression(
+    x: Tensor, target: Tensor, queries: Tensor, strengths: Sequence[float], num_classes: int
+) -> list[Tensor]:
+    """(n, D), (n,) class numbers -> for each C, (m, num_classes) probabilities; 0 of a class without examples."""
+    results = [torch.zeros(len(queries), num_classes) for _ in strengths]
+    there = sorted(set(target.tolist()))
+    if len(there) == 1:
+        for result in results:
+            result[:, there] = 1.0
+        return results
+    model = LogisticRegression(max_iter=2000, tol=1e-3, warm_start=True)
+    for strength, result in zip(strengths, results, strict=True):
+        model.set_params(C=strength).fit(x.numpy(), target.numpy())
+        result[:, there] = torch.from_numpy(np.asarray(model.predict_proba(queries.numpy()))).float()
     return results
-
-
-def _single(labels: Tensor) -> bool:
-    return bool((labels.sum(1) == 1).all())
 
 
 def _score(scores: Tensor, labels: Tensor, single: bool) -> float:
@@ -239,7 +240,8 @@ def print_probe(result: Mapping[str, Any]) -> None:
     """Print what `probe` returned."""
     metric = {"accuracy": "accuracy", "map": "mAP"}[result["rows"][0]["metric"]]
     rows = [
-        (row["features"], row["readout"], *(f"{shown(row[k]['mean'])} ± {shown(row[k]['std'])}" for k in ("linear", "knn")))
+        (row["features"], row["readout"],
+         *(f"{shown(row[kind]['mean'])} ± {shown(row[kind]['std'])}" for kind in ("linear", "knn")))
         for row in result["rows"]
     ]
     table(f"{metric} of frozen features, mean ± deviation over {result['split']} ({result['clips']} recordings)",

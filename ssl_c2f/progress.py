@@ -87,18 +87,19 @@ class Progress:
 
 
 class Count:
-    """How far some long work is: a live line in a terminal; elsewhere a plain line every `log_seconds`, so short work is silent.
+    """How far some long work is: a live line in a terminal; elsewhere a plain one every `log_seconds`.
 
     reading recordings  120/400  35/s  0:08 left
     """
 
     def __init__(self, title: str, *, log_seconds: float = 30.0, console: Console | None = None) -> None:
         self.title, self.log_seconds, self.console = title, log_seconds, console or Console(stderr=True)
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._live: Live | None = None
         self._began = self._shown = time.monotonic()
 
     def __enter__(self) -> Self:
-        if self._live is not None:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
         return self
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+_caught: set[signal.Signals] = set()  # while a Stop is listening
 
 
 class Interrupted(Exception):
@@ -38,8 +41,18 @@ class Stop:
 
         for number in signals:
             signal.signal(number, handle)
+        _caught.update(signals)
         try:
             yield
         finally:
+            _caught.difference_update(signals)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _shield() -> None:
+    """Ctrl-C in a terminal, torchrun and Slurm signal loader workers too; one that died would take the run with it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _caught)
+
+
+os.register_at_fork(after_in_child=_shield)

@@ -89,9 +89,9 @@ def prepare(run: Run, objective: Objective, step: int) -> Training:
 
 
 def build(run: Run, phase: Phase) -> Objective:
-    """A phase's objective with fresh weights, the same in every process."""
-    with torch.random.fork_rng():
-        torch.manual_seed(draws.seed(run.options.seed, phase.index, "weights"))
+    """A phase's objective with fresh weights, the same in every process. The global generators are left alone."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(draws.seed(run.options.seed, phase.index, "weights"))
         return run.options.build(run.options.geometries[phase.index], run.corpus.num_classes)
 
 
@@ -105,6 +105,8 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
     t = prepare(run, build(run, phase), phase.first_step)
     if newest := checkpoint.newest(folder.checkpoints):
         saved = checkpoint.load(newest)
+        if saved.state["geometry"] != geometry.to_dict():
+            raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
         _load(t, saved.model, saved.ema)
         optim.restore_moments(t.optimizer, saved.optimizer or {})
         t.step, t.train_seconds, t.skipped = (saved.state[key] for key in ("step", "train_seconds", "skipped"))

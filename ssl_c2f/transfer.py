@@ -65,7 +65,7 @@ def transfer(
             these values (reinitialised).
 
     Raises:
-        UserError: an encoder tensor can be neither copied nor resized.
+        UserError: an encoder tensor, of either, can be neither copied nor resized.
     """
     moved: list[Moved] = []
     result: dict[str, Tensor] = {}
@@ -79,7 +79,10 @@ def transfer(
         action: Action = "reinitialised" if value is None else "resized" if detail else "copied"
         moved.append(Moved(name, action, detail))
         result[name] = (wanted if value is None else value).detach().clone()
-    moved += [Moved(name, "dropped", str(tuple(state[name].shape))) for name in state if name not in target]
+    dropped = [name for name in state if name not in target]
+    if lost := next((name for name in dropped if name.startswith("encoder.")), None):
+        raise UserError(f"the encoder does not fit the checkpoint: {lost}: not in the model")
+    moved += [Moved(name, "dropped", str(tuple(state[name].shape))) for name in dropped]
     return result, TransferReport(tuple(moved))
 
 
@@ -96,8 +99,15 @@ def _fit(name: str, tensor: Tensor, source: Geometry, target: Geometry) -> tuple
     return tensor, ""
 
 
+def _places(geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Centres of the real rows and columns, as shares of the mel bins and in seconds: two runs may count in other units."""
+    rows, columns = (places.double() + 0.5 for places in geometry.positions())
+    seconds = columns[: geometry.columns] * geometry.unit_samples / geometry.sample_rate
+    return rows * geometry.unit_mels / geometry.num_mels, seconds
+
+
 def _same_places(a: Geometry, b: Geometry) -> bool:
-    return a.grid == b.grid and all(torch.equal(x, y) for x, y in zip(a.positions(), b.positions(), strict=True))
+    return a.grid == b.grid and all(torch.allclose(x, y) for x, y in zip(_places(a), _places(b), strict=True))
 
 
 def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -123,8 +133,7 @@ def resize_head(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 def interpolate_positions(table: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """(N_old, D) -> (N_new, D), linear between the physical centres of the old cells, constant beyond the outermost."""
     rows, columns = (
-        _linear_map(a[:old], b[:new]).to(table.device)
-        for a, b, old, new in zip(source.positions(), target.positions(), source.grid, target.grid, strict=True)
+        _linear_map(old, new).to(table.device) for old, new in zip(_places(source), _places(target), strict=True)
     )
     grid = table.double().unflatten(0, source.grid)
     return torch.einsum("ij,jkd,lk->ild", rows, grid, columns).flatten(0, 1).to(table.dtype)
@@ -134,7 +143,7 @@ def _linear_map(old: Tensor, new: Tensor) -> Tensor:
     """(new, old) float64 weights of linear interpolation between the ascending places `old`, clamped at the ends."""
     if len(old) == 1:
         return torch.ones(len(new), 1, dtype=torch.float64)
-    old, new = old.double(), new.double().clamp(float(old[0]), float(old[-1]))
+    new = new.clamp(float(old[0]), float(old[-1]))
     left = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
     share = (new - old[left]) / (old[left + 1] - old[left])
     weights = torch.zeros(len(new), len(old), dtype=torch.float64)

@@ -45,7 +45,7 @@ def at_full_resolution(
     options: RunOptions, state: Mapping[str, Tensor], geometry: Geometry, num_classes: int, device: torch.device
 ) -> Objective:
     """A copy of an objective's weights in the fine geometry. The global generator is left alone."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         objective = options.build(options.fine_geometry, num_classes)
     fitted, _ = transfer(state, geometry, objective.state_dict(), options.fine_geometry)
     objective.load_state_dict(fitted)
@@ -91,22 +91,28 @@ def _labelled(
 
 @torch.no_grad()
 def clip_scores(
-    objective: Objective, corpus: Corpus, geometry: Geometry, clips: Sequence[int], device: torch.device, batch_size: int
+    objective: Objective, corpus: Corpus, geometry: Geometry, clips: Sequence[int], device: torch.device,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """(n, C) scores of a supervised objective, averaged over the windows of each readable clip, and (n,) which clips."""
-    scores, index = [], []
+    """(n, C) scores of a supervised objective, averaged over each readable clip's windows, and (n,) which clips."""
+    scores, index, frames = [], [], []
     for batch in batches(corpus, geometry, clips, device, batch_size):
         scores.append(objective.scores(batch).cpu())  # type: ignore[union-attr]
         index.append(batch.index.cpu())
+        frames.append(batch.num_frames.cpu())
     _some(index, corpus)
-    return mean_by_clip(torch.cat(scores), torch.cat(index))
+    return mean_by_clip(torch.cat(scores), torch.cat(index), torch.cat(frames))
 
 
-def mean_by_clip(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Average the (n, D) rows of each clip -> (clips, D), and (clips,) which clips, ascending."""
+def mean_by_clip(rows: Tensor, index: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the (n, D) rows of each clip -> (clips, D), and (clips,) which clips, ascending.
+
+    A row counts as much as its (n,) real frames: what is left over at a recording's end has no equal say.
+    """
     found, place = index.unique(return_inverse=True)
-    total = torch.zeros(len(found), rows.shape[1], dtype=rows.dtype).index_add_(0, place, rows)
-    return total / place.bincount()[:, None], found
+    weights = frames.to(rows.dtype)[:, None]
+    total = torch.zeros(len(found), rows.shape[1], dtype=rows.dtype).index_add_(0, place, rows * weights)
+    return total / torch.zeros(len(found), 1, dtype=rows.dtype).index_add_(0, place, weights), found
 
 
 @torch.no_grad()
@@ -115,12 +121,13 @@ def features(
     batch_size: int, kind: Readout = "mean", per_clip: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(n, D) features, averaged over the windows of each readable clip, and (n,) which clips."""
-    rows, index = [], []
+    rows, index, frames = [], [], []
     for batch in batches(corpus, geometry, clips, device, batch_size, per_clip=per_clip):
         rows.append(objective.embed(batch, kind).float().cpu())
         index.append(batch.index.cpu())
+        frames.append(batch.num_frames.cpu())
     _some(index, corpus)
-    return mean_by_clip(torch.cat(rows), torch.cat(index))
+    return mean_by_clip(torch.cat(rows), torch.cat(index), torch.cat(frames))
 
 
 def _some(index: Sequence[Tensor], corpus: Corpus) -> None:

@@ -209,7 +209,7 @@ class Windows(Dataset[Item | tuple[str, str]]):
     """Consecutive windows of clips, in order; an unreadable one is (path, reason).
 
     Windows of a full clip's length cover a clip to its end, the last one padded; at most `per_clip` of them are taken,
-    spread evenly.
+    spread evenly, without that last one.
     """
 
     def __init__(self, source: Source, clips: Sequence[int], seed: int, per_clip: int | None = None) -> None:
@@ -219,10 +219,10 @@ class Windows(Dataset[Item | tuple[str, str]]):
     def _starts(self, clip: int, per_clip: int | None) -> list[int]:
         g = self.source.geometry
         length = max(g.clip_samples // g.crop_step, 1) * g.crop_step
-        count = max(1, -(-(self.source.length(clip) - g.window) // length))
+        count = 1 + max(self.source.length(clip) - g.window, 0) // length  # every window has a frame of its own
         if per_clip is None or count <= per_clip:
             return [i * length for i in range(count)]
-        return [(2 * i + 1) * count // (2 * per_clip) * length for i in range(per_clip)]
+        return [(2 * i + 1) * (count - 1) // (2 * per_clip) * length for i in range(per_clip)]
 
     def __len__(self) -> int:
         return len(self.windows)

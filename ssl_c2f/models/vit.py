@@ -64,10 +64,12 @@ def initialise(module: nn.Module) -> None:
 
 
 def attention_mask(valid: Tensor | None, prefix: int = 1) -> Tensor | None:
-    """(B, K) bool -> (B, 1, 1, prefix + K) bool for attention: nobody attends to padding. None if nothing is padded."""
+    """(B, K) bool -> (B, 1, 1, prefix + K), what attention adds to its scores: nobody attends to padding. None if nothing
+    is padded. (A mask of bools means the same to fused attention, but timm's other one would add them up.)"""
     if valid is None:
         return None
-    return nn.functional.pad(valid, (prefix, 0), value=True)[:, None, None]
+    padding = ~nn.functional.pad(valid, (prefix, 0), value=True)[:, None, None]
+    return torch.zeros(padding.shape, device=valid.device).masked_fill(padding, -torch.inf)
 
 
 def position_table(geometry: Geometry, width: int, kind: Positions) -> Tensor:

@@ -65,7 +65,8 @@ class MAE(nn.Module):
         predictions, targets = self.predict(batch)
         weight = real_values(batch.num_frames, batch.geometry) & batch.masks[0].masked[..., None]
         error = (predictions.float() - targets).square() * weight
-        return StepResult((error.sum((1, 2)) / weight.sum((1, 2))).mean())
+        count = weight.sum((1, 2)).clamp(min=1)  # a short clip may be a single token, which is never masked
+        return StepResult((error.sum((1, 2)) / count).mean())
 
     def after_step(self, t: float) -> None:
         """Nothing moves but what the optimiser moves."""

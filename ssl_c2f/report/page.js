@@ -87,10 +87,14 @@ function drawCurve(svg, name, width) {
 
   for (const run of runs) {
     const c = run.curves[name], group = node(svg, "g", { class: `c${run.i % 6}` });
-    const path = (values) => values.map((y, i) => `${px(c[x][i]).toFixed(1)},${py(y).toFixed(1)}`);
+    const point = (value, y) => `${px(value).toFixed(1)},${py(y).toFixed(1)}`;
+    const path = (values) => values.map((y, i) => point(c[x][i], y));
+    // what holds over a stretch of steps is drawn from the stretch's beginning to its end
+    const stairs = (values) => values.flatMap((y, i) => [point(i ? c[x][i - 1] : 0, y), point(c[x][i], y)]);
+    const stepped = data.figures[name].stepped;
     if (c.low) node(group, "polygon", { class: "spread", points: [...path(c.high), ...path(c.low).reverse()].join(" ") });
-    node(group, "polyline", { class: "line", points: path(c.y).join(" "), "stroke-dasharray": DASHES[Math.floor(run.i / 6) % 4] });
-    if (c.y.length <= 30) c.y.forEach((y, i) => node(group, "circle", { class: "dot", r: 3, cx: px(c[x][i]), cy: py(y) }));
+    node(group, "polyline", { class: "line", points: (stepped ? stairs : path)(c.y).join(" "), "stroke-dasharray": DASHES[Math.floor(run.i / 6) % 4] });
+    if (c.y.length <= 30 && !stepped) c.y.forEach((y, i) => node(group, "circle", { class: "dot", r: 3, cx: px(c[x][i]), cy: py(y) }));
   }
   const cursor = node(svg, "line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" });
   const at = (value) => { // the readout under the figure

@@ -34,7 +34,8 @@ def render(runs: Sequence[RunData]) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name=viewport content="width=device-width, initial-scale=1"><meta name=color-scheme content="light dark">'
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        '<meta name=color-scheme content="light dark">'
         f'<link rel=icon href="data:,"><title>{escape(title)}</title>'
         f"<style>{(here / 'page.css').read_text(encoding='utf-8')}</style></head>\n<body>"
         f"<main><header class=top><p>ssl_c2f</p><h1>{escape(title)}</h1></header>\n"
@@ -50,13 +51,13 @@ def _sections(runs: Sequence[RunData]) -> list[str]:
     return [
         s.section("overview", "At a glance", s.overview(runs)),
         s.section("missing", "What is missing", s.missing_section(runs)),
-        s.section("probes", "Comparisons", _each(runs, s.free_tables)),
+        s.section("probes", "Frozen features", _each(runs, s.probe_tables)),
         s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
         s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
                   "The same clips at the end of every phase: its input, what of it was kept, and the reconstruction."),
         s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(runs)),
         s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
-        s.section("transfer", "Weights carried over", _each(runs, lambda run: "".join(map(s.transfer_section, run.phases)))),
+        s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
         s.section("config", "Options", s.config_section(runs)),
         s.section("provenance", "Provenance", _each(runs, s.provenance)),
     ]
@@ -77,13 +78,14 @@ def _each(runs: Sequence[RunData], part: Callable[[RunData], str], fold: bool = 
 
 # id, title, note
 CURVES = (
-    ("validation", "Validation loss", "Held-out clips at full resolution in every phase: the curve to compare runs by."),
+    ("validation", "Validation loss", "Held-out clips at full resolution in every phase: compare runs by this."),
     ("probe", "Probe score", "Nearest neighbours on frozen features of held-out clips, at full resolution."),
     ("loss", "Training loss", "Each phase at its own resolution, so a step at a boundary is no setback."),
     ("lr", "Learning rate", ""),
     ("tokens", "Tokens per step", "What the encoder computes: kept tokens times clips."),
     ("mask", "Mask ratio", ""),
 )
+STEPPED = ("tokens", "mask")  # constant between two records
 
 
 def _columns(run: RunData) -> dict[str, Column]:
@@ -101,8 +103,8 @@ def figures(runs: Sequence[RunData]) -> dict[str, Any]:
         bands = [{"name": p.name} | {axis: run.end(p.name, axis) for axis in AXES} for p in run.phases]
         bands = [band for band in bands if all(band[axis] is not None for axis in AXES)]
         curves.append({"name": run.name, "curves": found, "bands": bands})
-    titles = {name: {"title": title, "percent": name == "probe"} for name, title, _ in CURVES}
-    return {"runs": curves, "figures": titles, "matrices": _matrices(runs)}
+    kinds = {name: {"percent": name == "probe", "stepped": name in STEPPED} for name, _, _ in CURVES}
+    return {"runs": curves, "figures": kinds, "matrices": _matrices(runs)}
 
 
 def _figure_places(places: Sequence[tuple[str, str, str]], runs: Sequence[RunData]) -> str:
@@ -116,18 +118,19 @@ def figure(kind: str, name: str, title: str, note: str) -> str:
         f'<figure class=chart data-kind="{kind}" data-name="{escape(name)}"><h3>{escape(title)}</h3>'
         f'<div class=plot tabindex=0 role=img aria-label="{escape(title)}"></div>'
         f"<figcaption><output></output><span class=note>{escape(note)}</span></figcaption>"
-        "<div class=save><button type=button data-save=svg>SVG</button> <button type=button data-save=csv>CSV</button></div></figure>"
+        "<div class=save><button type=button data-save=svg>SVG</button> "
+        "<button type=button data-save=csv>CSV</button></div></figure>"
     )
 
 
 def _switches(runs: Sequence[RunData]) -> str:
     labels = {"flops": "compute", "samples": "clips seen", "train_seconds": "training time"}
     axes = "".join(
-        f'<label><input type=radio name=axis value="{axis}"{" checked" if axis == "flops" else ""}>{labels[axis]}</label>'
-        for axis in AXES
+        f'<label><input type=radio name=axis value="{axis}"{" checked" if i == 0 else ""}>{labels[axis]}</label>'
+        for i, axis in enumerate(AXES)
     )
     names = "".join(
-        f'<label class="run c{i % 6}"><input type=checkbox name=run value="{i}" checked><i></i>{escape(run.name)}</label>'
+        f'<label class="c{i % 6}"><input type=checkbox name=run value="{i}" checked><i></i>{escape(run.name)}</label>'
         for i, run in enumerate(runs)
     )
     shown = f"<fieldset><legend>Runs</legend>{names}</fieldset>" if len(runs) > 1 else ""

@@ -51,8 +51,8 @@ class RunData:
     config: str
     lock: str  # "", "held" or "dead"
     bad_files: int
-    scores: dict[str, Json]  # of finetune/NAME
-    tables: tuple[Json, ...]  # {"title", "columns", "rows", "note"} that other commands left
+    scores: dict[str, Json]  # of finetune/NAME and evaluation/NAME
+    probes: dict[str, Json]  # of probe/NAME
 
     @property
     def status(self) -> str:
@@ -99,13 +99,14 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 
 def read_run(path: Path, name: str) -> RunData:
     folder, plan = RunFolder(path), read_json(path / "plan.json")
+    scores = [*sorted(path.glob("finetune/*/scores.json")), *sorted(path.glob("evaluation/*/scores.json"))]
     log = read_log(folder.metrics)
     return RunData(
         name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
         provenance=read_json(folder.provenance), config=_text(folder.config), lock=_lock(path / "lock"),
         bad_files=len(_text(folder.bad_files).splitlines()),
-        scores={f.parent.name: scores for f in sorted(path.glob("finetune/*/scores.json")) if (scores := read_json(f))},
-        tables=tuple(t for f in sorted(path.glob("tables/*.json")) if (t := read_json(f)).keys() >= {"columns", "rows"}),
+        scores={_score_name(f): content for f in scores if (content := read_json(f))},
+        probes={f.parent.name: content for f in sorted(path.glob("probe/*/probe.json")) if (content := read_json(f))},
     )
 
 
@@ -115,12 +116,15 @@ def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
     folders: dict[str, Path] = {}
     for folder in sorted(path.glob("phases/*-*"), key=lambda f: (len(f.name.partition("-")[0]), f.name)):
         folders[folder.name.partition("-")[2]] = folder
-    return tuple(
-        _phase(name, folders.get(name), plans.get(name, {}), log) for name in dict.fromkeys([*plans, *folders, *log.phases])
-    )
+    names = dict.fromkeys([*plans, *folders, *log.phases])
+    return tuple(_phase(name, folders.get(name), plans.get(name, {})) for name in names)
 
 
-def _phase(name: str, folder: Path | None, plan: Json, log: Log) -> PhaseData:
+def _score_name(file: Path) -> str:
+    return file.parent.name if file.parts[-3] == "finetune" else f"evaluated on {file.parent.name}"
+
+
+def _phase(name: str, folder: Path | None, plan: Json) -> PhaseData:
     if folder is None:
         return PhaseData(name, plan)
     done = read_json(folder / "done") or ({"step": None} if (folder / "done").exists() else {})

@@ -24,13 +24,14 @@ def section(name: str, title: str, body: str, lead: str = "") -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], name: str, sort: bool = False) -> str:
     """A table that scrolls sideways where it is too wide, with a button for its CSV; `sort` makes its heads buttons."""
     head = "".join(
-        f'<th scope=col aria-sort=none><button type=button>{escape(c)}</button></th>' if sort else f"<th scope=col>{escape(c)}</th>"
+        f"<th scope=col aria-sort=none><button type=button>{escape(c)}</button></th>"
+        if sort else f"<th scope=col>{escape(c)}</th>"
         for c in columns
     )
     body = "".join(f"<tr>{''.join(_cell(cell, i == 0) for i, cell in enumerate(row))}</tr>" for row in rows)
     return (
-        f'<div class=table><div class=scroll tabindex=0 role=region aria-label="{escape(name)}"><table data-name="{escape(name)}">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class=table><div class=scroll tabindex=0 role=region aria-label="{escape(name)}">'
+        f'<table data-name="{escape(name)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"<div class=save><button type=button data-save=table>CSV</button></div></div>"
     )
 
@@ -45,7 +46,7 @@ def _cell(cell: Cell, first: bool) -> str:
 
 def _text(value: object) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -81,7 +82,8 @@ def overview(runs: Sequence[RunData]) -> str:
         probe = run.log.last(last, run.probe) if run.probe else None
         best = [s for scores in run.scores.values() if (s := score(scores)) is not None]
         rows.append((
-            run.name, run.status, f"{sum(bool(p.done) for p in run.phases)} of {len(run.phases)}", flops(run.total("flops")),
+            run.name, run.status, f"{sum(bool(p.done) for p in run.phases)} of {len(run.phases)}",
+            flops(run.total("flops")),
             percent(run.plan.get("share_of_single_phase")), seconds(run.total("train_seconds")), loss, percent(probe),
             percent(max(best) if best else None),
         ))
@@ -129,8 +131,8 @@ def missing_section(runs: Sequence[RunData]) -> str:
 
 def plan_table(run: RunData) -> str:
     """Plan against actual, phase by phase."""
-    columns = ("phase", "state", "frame", "grid", "tokens", "kept", "batch", "steps planned", "steps done", "compute planned",
-               "compute done", "time", "clips/s")
+    columns = ("phase", "state", "frame", "grid", "tokens", "kept", "batch", "steps planned", "steps done",
+               "compute planned", "compute done", "time", "clips/s")
     rows, before = [], {"step": 0.0, "flops": 0.0, "train_seconds": 0.0, "samples": 0.0}
     for phase in run.phases:
         end = {axis: run.end(phase.name, axis) for axis in before}
@@ -139,8 +141,8 @@ def plan_table(run: RunData) -> str:
         state = "done" if phase.done else "not started" if end["step"] is None else "unfinished"
         rows.append((
             phase.name, state, f"{plan['hop_ms']:g} ms" if "hop_ms" in plan else None,
-            "×".join(map(str, plan.get("grid", []))) or None, plan.get("tokens"), plan.get("kept"), plan.get("batch_size"),
-            plan.get("steps"), None if done["step"] is None else round(done["step"]),
+            " x ".join(map(str, plan.get("grid", []))) or None, plan.get("tokens"), plan.get("kept"),
+            plan.get("batch_size"), plan.get("steps"), None if done["step"] is None else round(done["step"]),
             flops(plan["pflops"] * 1e15 if "pflops" in plan else None), flops(done["flops"]), seconds(time),
             (f"{clips / time:.0f}", clips / time) if time and clips else None,
         ))
@@ -148,15 +150,21 @@ def plan_table(run: RunData) -> str:
     return table(columns, rows, f"Plan against actual, {run.name}") if rows else ""
 
 
-def transfer_section(phase: PhaseData) -> str:
-    """What became of the weights at the start of a phase."""
+def transfers(run: RunData) -> str:
+    """What became of the weights at each boundary."""
+    return "".join(map(_transfer, run.phases))
+
+
+def _transfer(phase: PhaseData) -> str:
     if not phase.transfer:
         return ""
     count = phase.transfer.get("count", {})
     summary = ", ".join(f"{n} {action}" for action, n in count.items()) or "no tensors"
     changed = [t for t in phase.transfer.get("tensors", []) if t.get("action") != "copied"]
     rows = [(t.get("name"), t.get("action"), t.get("detail")) for t in changed]
-    inner = table(("tensor", "what", "how"), rows, f"Transfer to {phase.name}") if rows else "<p>Everything was copied as it was.</p>"
+    inner = "<p>Everything was copied as it was.</p>"
+    if rows:
+        inner = table(("tensor", "what", "how"), rows, f"Transfer to {phase.name}")
     origin = f"<p>from <code>{escape(str(phase.transfer.get('from', '')))}</code></p>"
     return f"<details><summary>to {escape(phase.name)}: {escape(summary)}</summary>{origin}{inner}</details>"
 
@@ -176,7 +184,7 @@ def film_strip(run: RunData) -> str:
 
 def _strip_row(phase: PhaseData, clip: Clip) -> str:
     facts = phase.pictures
-    grid = "×".join(map(str, facts.get("grid", [])))
+    grid = " x ".join(map(str, facts.get("grid", [])))
     hidden = f", {facts['mask_ratio']:.0%} hidden ({facts['mask_shape']})" if facts.get("mask_ratio") else ""
     label = f"{phase.name}: frames of {facts.get('frame_ms', 0):g} ms, {grid} tokens{hidden}"
     images = "".join(
@@ -211,21 +219,32 @@ def finetune_table(runs: Sequence[RunData]) -> str:
                 f"{run.name}/{name}" if len(runs) > 1 else name, start, kind, percent(score(scores)), interval(scores),
                 ", ".join(f"{100 * fold:.1f}" for fold in folds) or None,
             ))
-    return table(("name", "start", "score", "value", "95 % interval", "folds, %"), rows, "Fine-tuning", sort=True) if rows else ""
+    columns = ("name", "start", "score", "value", "95 % interval", "folds, %")
+    return table(columns, rows, "Fine-tuning", sort=True) if rows else ""
 
 
 def _dict(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def free_tables(run: RunData) -> str:
-    """Tables that other commands left in the run's folder."""
+def probe_tables(run: RunData) -> str:
+    """What linear classifiers and nearest neighbours make of frozen features, beside yardsticks."""
     parts = []
-    for t in run.tables:
-        note = f"<p class=note>{escape(str(t.get('note', '')))}</p>" if t.get("note") else ""
-        title = str(t.get("title", "Table"))
-        parts.append(f"<h3>{escape(title)}</h3>{table([str(c) for c in t['columns']], t['rows'], title)}{note}")
+    for name, found in run.probes.items():
+        rows = [
+            (r.get("features"), r.get("readout"), *_spread(r.get("linear")), *_spread(r.get("knn")))
+            for r in found.get("rows", [])
+        ]
+        title = f"Frozen features, probed on {name}"
+        columns = ("features", "readout", "linear", "± folds", "kNN", "± folds")
+        note = f"{found.get('clips')} recordings, {found.get('split')}"
+        drawn = table(columns, rows, title, sort=True)
+        parts.append(f"<h3>{escape(title)}</h3>{drawn}<p class=note>{escape(note)}</p>")
     return "".join(parts)
+
+
+def _spread(scores: Any) -> tuple[Cell, Cell]:
+    return percent(_dict(scores).get("mean")), percent(_dict(scores).get("std"))
 
 
 def provenance(run: RunData) -> str:
@@ -238,27 +257,29 @@ def provenance(run: RunData) -> str:
         f"{k.replace('_', ' ')}: {', '.join(map(str, v)) or 'none' if isinstance(v, list) else v}"
         for k, v in _dict(p.get("hardware")).items()
     )
-    rows = (("folder", str(run.path)), ("command", command), ("started", p.get("started")), ("commit", p.get("commit") or "not a checkout"),
-            ("versions", versions), ("hardware", hardware))
+    rows = (("folder", str(run.path)), ("command", command), ("started", p.get("started")),
+            ("commit", p.get("commit") or "not a checkout"), ("versions", versions), ("hardware", hardware))
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(_text(v))}</dd>" for k, v in rows)
     return f"<dl>{items}</dl>"
 
 
 def config_section(runs: Sequence[RunData]) -> str:
     """What differs between the runs, and each config."""
+    runs = [run for run in runs if run.config]
     parts = [_differences(runs)] if len(runs) > 1 else []
     for run in runs:
-        if run.config:
-            parts.append(f"<details><summary>{escape(run.name)}</summary><pre tabindex=0>{escape(run.config)}</pre></details>")
+        text = f"<pre tabindex=0>{escape(run.config)}</pre>"
+        parts.append(f"<details><summary>{escape(run.name)}</summary>{text}</details>")
     return "".join(parts)
 
 
 def _differences(runs: Sequence[RunData]) -> str:
     flat = [_flatten(run.config) for run in runs]
-    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if len({f.get(key, "–") for f in flat}) > 1]
+    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if len({f.get(key, "-") for f in flat}) > 1]
     if not keys:
         return "<p>The runs have the same options.</p>"
-    return table(("option", *(r.name for r in runs)), [(k, *(f.get(k, "–") for f in flat)) for k in keys], "Options that differ")
+    rows = [(key, *(f.get(key, "-") for f in flat)) for key in keys]
+    return table(("option", *(r.name for r in runs)), rows, "Options that differ")
 
 
 def _flatten(text: str) -> dict[str, str]:

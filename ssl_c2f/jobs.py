@@ -1,0 +1,166 @@
+"""What a cluster job runs: one phase of a run, or one part of a fine-tuning, resumed from disk.
+
+A job is stopped in three ways, and where it goes on is decided from the run folder alone in all of them:
+  USR2     (a time limit comes near, or preemption): save at the next step boundary, then submitit requeues the job
+  TERM     (scancel, preemption without a signal of its own): save, then stay until Slurm ends the job, so that Slurm,
+           and not this process's exit status, says whether it was cancelled or is to run again
+  no word  (SIGKILL, a node that died): the newest checkpoint is what is left
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+from submitit.core.job_environment import JobEnvironment
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from ssl_c2f.run import append_line
+from ssl_c2f.signals import Interrupted, Stop
+
+FOLDER = "submitit"  # in the run folder: scripts, logs, and what follows
+EVENTS = "events.jsonl"  # what became of jobs, told by themselves
+_PORTS = (20_000, 32_000)  # below the range that systems draw ports of outgoing connections from
+_LONGEST_GRACE = 900.0  # seconds that a job which got SIGTERM waits for Slurm to end it
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a run: names and paths, no state. Pickled by submitit, which calls it in every process of the job."""
+
+    command: str  # pretrain, train, finetune, score, evaluate
+    part: str  # the phase, or the fold that is held out
+    config: str  # the options, resolved when it was submitted
+    run: str
+    ckpt: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"fold-{self.part}" if self.command == "finetune" else self.part
+
+    def __call__(self) -> None:
+        preemption = Preemption()
+        environment = export_rendezvous()
+        self.record(environment, "started")
+        try:
+            self._work(preemption.stop)
+        except Interrupted as interrupted:
+            self.record(environment, "interrupted", error=str(interrupted))
+            _leave_group()
+            preemption.leave(environment, interrupted)
+        except BaseException as error:
+            self.record(environment, "failed", error=f"{type(error).__name__}: {_last_line(error)}")
+            raise
+        self.record(environment, "ended")
+        _leave_group()
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit puts into the queue again; the run folder knows the rest."""
+        return DelayedSubmission(replace(self))
+
+    def record(self, environment: JobEnvironment, event: str, **facts: Any) -> None:
+        """Add a line to the run's events, from which `status` tells why a job failed and how often it was requeued."""
+        line = {
+            "event": event, "part": self.name, "job": environment.job_id, "rank": environment.global_rank,
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "pid": os.getpid(),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **facts,
+        }
+        append_line(Path(self.run) / FOLDER / EVENTS, json.dumps(line))
+
+    def _work(self, stop: Stop) -> None:
+        from ssl_c2f import config, engine, options
+
+        if self.command in ("pretrain", "train"):
+            model = config.COMMANDS[self.command]
+            run_options = options.load(model, Path(self.config))
+            engine.run(run_options, Path(self.run), only={self.part}, stop=stop, kind=self.command)
+        elif self.command in ("finetune", "score"):
+            from ssl_c2f.finetune import FinetuneOptions, finetune
+
+            tuning = options.load(FinetuneOptions, Path(self.config)).model_copy(update={"run_dir": self.run})
+            if self.command == "finetune" and self.part != "all":
+                tuning = tuning.model_copy(update={"folds": (int(self.part),)})
+            finetune(Path(self.ckpt), tuning, stop, report=self.command == "score")
+            if self.command == "score" and (Path(self.ckpt) / "config.yaml").exists():
+                from ssl_c2f.report import write_page
+
+                write_page([Path(self.ckpt)], Path(self.ckpt) / "report.html")
+        else:
+            from ssl_c2f.evaluate import EvaluateOptions, evaluate
+
+            evaluate(Path(self.ckpt), options.load(EvaluateOptions, Path(self.config)))
+
+
+class Preemption:
+    """USR2 becomes a request to stop at a step boundary; what submitit would have done at once is done after it."""
+
+    def __init__(self) -> None:
+        self.stop = Stop()
+        self.asked = False
+        self._requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler; the default without a cluster
+        if callable(self._requeue):
+            signal.signal(signal.SIGUSR2, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.stop.signum = number
+
+    def leave(self, environment: JobEnvironment, interrupted: Interrupted) -> None:
+        """End this process after the state was saved, so that the scheduler does the right thing next.
+
+        Raises:
+            Interrupted: there is no scheduler. SystemExit: it will start the job again.
+        """
+        on_slurm = environment.name() == "slurm"
+        if on_slurm and (environment.global_rank > 0 or not self.asked):
+            # a process that ends would end the job's step, and with it the one that talks to Slurm
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._wait(environment)
+        if self.asked and environment.global_rank == 0 and callable(self._requeue):
+            self._requeue(signal.SIGUSR2, None)
+        if self.asked:
+            raise SystemExit(0)
+        raise interrupted
+
+    def _wait(self, environment: JobEnvironment) -> None:
+        until = time.monotonic() + _LONGEST_GRACE
+        while time.monotonic() < until and not (self.asked and environment.global_rank == 0):
+            time.sleep(0.2)
+
+
+def export_rendezvous() -> JobEnvironment:
+    """Set what `distributed.init` reads (RANK, WORLD_SIZE, MASTER_ADDR, ...) from what the scheduler says."""
+    environment = JobEnvironment()
+    if environment.num_tasks > 1:
+        # Another port each time: one that was requeued may meet its predecessor's on its way out.
+        draw = Random(f"{environment.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}")
+        os.environ["MASTER_PORT"] = str(draw.randint(*_PORTS))
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if environment.num_nodes == 1:  # works where the node's name does not resolve
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        import torch
+
+        if torch.cuda.device_count() == 1:  # a cluster that shows each process only its own
+            os.environ["LOCAL_RANK"] = "0"
+    return environment
+
+
+def _leave_group() -> None:
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # others may be gone
+            torch.distributed.destroy_process_group()
+
+
+def _last_line(error: BaseException) -> str:
+    return ([*str(error).strip().splitlines(), ""])[-1] if str(error).strip() else ""

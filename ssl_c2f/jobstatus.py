@@ -1,0 +1,138 @@
+"""`slurm/launch.py status`: how the jobs of a run are getting on, from its folder and the queue."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_c2f import cluster
+from ssl_c2f.jobs import EVENTS, FOLDER
+from ssl_c2f.options import UserError
+from ssl_c2f.progress import table
+from ssl_c2f.schedule import read_jobs
+from ssl_c2f.summary import read_metrics
+
+_TAIL = 3  # lines of a log
+
+
+@dataclass(frozen=True)
+class Part:
+    """One job of a run and what is known about it."""
+
+    run: Path
+    name: str
+    number: str
+    log: Path
+    state: str
+    error: str
+    requeues: int
+    step: str = "-"
+    rate: str = "-"
+    left: str = "-"
+
+    @property
+    def failed(self) -> bool:
+        return not self.state.startswith(("done", "PENDING", "RUNNING", "COMPLET", "REQUEUE", "CONFIG", "SUSPENDED"))
+
+
+def runs_below(path: Path) -> list[Path]:
+    """The folders with jobs: the run itself, its fine-tunings, or the variants of a sweep.
+
+    Raises:
+        UserError: none.
+    """
+    found = [file.parent for pattern in ("", "finetune/*/", "*/") for file in sorted(path.glob(f"{pattern}jobs.json"))]
+    if not found:
+        raise UserError(f"{path}: no jobs were submitted for it (there is no jobs.json)")
+    return list(dict.fromkeys(found))
+
+
+def parts_of(run: Path) -> list[Part]:
+    """All jobs that were submitted for a run, as they stand."""
+    jobs = read_jobs(run)
+    queue = cluster.active({job["id"] for job in jobs.values()}) if shutil.which("squeue") else {}
+    events = events_of(run)
+    plan, metrics = _plan(run), read_metrics(run)
+    parts = []
+    for name, job in jobs.items():
+        own = [event for event in events if event["part"] == name and event["job"] == job["id"]]
+        starts = [i for i, event in enumerate(own) if event["event"] == "started" and event["rank"] == 0]
+        failures = [event for event in own[starts[-1]:] if event["event"] == "failed"] if starts else []
+        state = queue.get(job["id"]) or (
+            "done" if _is_done(run, name, own) else cluster.ended(job["id"]) or ("failed" if failures else "gone")
+        )
+        error = failures[0]["error"] if failures and job["id"] not in queue else ""
+        rank = failures[0]["rank"] if failures else 0
+        log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
+        parts.append(Part(run, name, job["id"], log, state, error, max(len(starts) - 1, 0), *_pace(name, plan, metrics)))
+    return parts
+
+
+def print_status(path: Path) -> None:
+    """A line for each job, then why those failed that did, and the ends of the logs of those that run.
+
+    Raises:
+        UserError: no job was submitted for this folder.
+    """
+    for run in runs_below(path):
+        parts = parts_of(run)
+        columns = ("part", "job", "state", "step", "clips/s", "left", "requeues")
+        table(str(run), columns, [(p.name, p.number, p.state, p.step, p.rate, p.left, p.requeues) for p in parts])
+        for part in parts:
+            if part.failed:
+                print(f"{part.name}: {part.error or part.state}")
+                print(f"  log: {part.log}")
+            elif part.state.startswith("RUNNING"):
+                print(f"{part.name}: {part.log}")
+                for line in _tail(part.log):
+                    print(f"  {line}")
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    file = run / FOLDER / EVENTS
+    events = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:  # cut short by a crash
+            continue
+    return events
+
+
+def _is_done(run: Path, name: str, own: list[dict[str, Any]]) -> bool:
+    """A phase has a marker of its own; a fold or an evaluation says so itself."""
+    if any((folder / "done").exists() for folder in (run / "phases").glob(f"*-{name}")):
+        return True
+    return any(event["event"] == "ended" and event["rank"] == 0 for event in own) and not any(
+        (run / "phases").glob(f"*-{name}")
+    )
+
+
+def _plan(run: Path) -> list[dict[str, Any]]:
+    file = run / "plan.json"
+    phases: list[dict[str, Any]] = json.loads(file.read_text())["phases"] if file.exists() else []
+    return phases
+
+
+def _pace(name: str, plan: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """Steps of the phase that are done, clips a second, and the time that is left."""
+    first = 0
+    for phase in plan:
+        if phase["name"] == name:
+            records = [record for record in metrics if record["phase"] == name and "clips_per_second" in record]
+            if not records:
+                return f"0/{phase['steps']}", "-", "-"
+            done, rate = records[-1]["step"] - first, records[-1]["clips_per_second"]
+            seconds = round((phase["steps"] - done) * phase["batch_size"] / rate)
+            left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            return f"{done}/{phase['steps']}", f"{rate:.0f}", left
+        first += phase["steps"]
+    return "-", "-", "-"
+
+
+def _tail(log: Path) -> list[str]:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return [line for line in lines if line.strip()][-_TAIL:]

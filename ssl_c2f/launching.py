@@ -1,0 +1,264 @@
+"""The commands of slurm/launch.py."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssl_c2f import cluster, config, jobstatus, schedule
+from ssl_c2f import options as files
+from ssl_c2f.cluster import Resources
+from ssl_c2f.evaluate import EvaluateOptions
+from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults
+from ssl_c2f.jobs import FOLDER, Job
+from ssl_c2f.options import Options, UserError
+from ssl_c2f.progress import table
+from ssl_c2f.recipe import RunOptions
+from ssl_c2f.run import write_text
+from ssl_c2f.schedule import Chain, Task
+from ssl_c2f.weights import find_checkpoint, load_weights
+
+_POLL_SECONDS = 2.0
+
+
+@dataclass
+class Work:
+    """What a command wants done: chains of tasks, and the options that their jobs will read."""
+
+    folder: Path
+    chains: list[Chain] = field(default_factory=list)
+    configs: list[tuple[Options, Path]] = field(default_factory=list)
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Do a command; returns the exit status.
+
+    Raises:
+        UserError: nothing was left in the queue.
+    """
+    if arguments.command == "status":
+        jobstatus.print_status(arguments.run.resolve())
+        return 0
+    if arguments.command == "cancel":
+        return _cancel(arguments.run.resolve())
+    resources = _resources(arguments)
+    work = _work(arguments, resources)
+    kind, why = cluster.choose(arguments.cluster)
+    print(f"cluster: {kind} ({why})")
+    if kind in ("local", "debug") and resources.nodes > 1:
+        raise UserError(f"--cluster {kind} is this one machine: it cannot give {resources.nodes} nodes")
+    if kind == "debug" and resources.world > 1:
+        raise UserError("--cluster debug is one process: use --ngpus 1")
+    if arguments.dry_run:
+        _print_dry_run(work, resources, kind)
+        return 0
+    todo = [task for chain in work.chains for stage in chain for task in stage if not task.done and task.wanted]
+    if not todo:
+        print(f"{work.folder}: nothing to submit, all of it is done")
+        return 0
+    with schedule.alone(work.folder / FOLDER):
+        if kind == "slurm":
+            cluster.check(resources, work.folder / FOLDER)
+        for options, path in work.configs:
+            _write(options, path)
+        resources = _with_snapshot(resources, work.folder) if arguments.snapshot else resources
+        if kind != "slurm":
+            return _run_here(kind, resources, work)
+        ids = _submit(resources, work)
+    return _wait(work, ids) if arguments.wait else 0
+
+
+def _resources(arguments: argparse.Namespace) -> Resources:
+    plain = ("partition", "account", "qos", "constraint", "exclude", "comment", "mail_user", "mail_type")
+    for name, least in (("nodes", 1), ("ngpus", 0), ("cpus_per_task", 1), ("timeout", 1), ("grace", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    return Resources(
+        nodes=arguments.nodes, ngpus=arguments.ngpus, cpus_per_task=arguments.cpus_per_task, mem=arguments.mem,
+        timeout=arguments.timeout, grace=arguments.grace, max_timeouts=arguments.max_timeouts, python=arguments.python,
+        setup=tuple(arguments.setup), srun_args=tuple(shlex.split(arguments.srun_args)),
+        plain={name: value for name in plain if (value := getattr(arguments, name))},
+    )
+
+
+def _work(arguments: argparse.Namespace, resources: Resources) -> Work:
+    match arguments.command:
+        case "pretrain" | "train":
+            return _phases(arguments, resources)
+        case "pipeline":
+            return _pipeline(arguments, resources)
+        case "finetune":
+            ckpt = arguments.ckpt.resolve()
+            options, _ = config.read(
+                "finetune", FinetuneOptions, arguments.words, checkpoint_defaults(load_weights(ckpt))
+            )
+            path = _folder(arguments, options, find_run(ckpt) / "finetune" / options.name)
+            return _finetuning(options, path, ckpt, resources)
+        case _:
+            return _evaluation(arguments)
+
+
+def _phases(arguments: argparse.Namespace, resources: Resources) -> Work:
+    command = arguments.command
+    model = config.COMMANDS[command]
+    first, name = config.read(command, model, arguments.words)
+    base = _folder(arguments, first, Path("runs") / name)
+    work = Work(base)
+    only = [phase for phase in arguments.phases.split(",") if phase]
+    for variant in _variants(arguments):
+        options, _ = config.read(command, model, [*arguments.words, *variant])
+        path = base / ",".join(word.replace("/", "_") for word in variant) if variant else base
+        options = options.model_copy(update={"run_dir": str(path)})
+        schedule.check_run(options, path, resources.world)
+        work.chains.append(schedule.phases_of(command, options, path, only))
+        work.configs.append((options, path))
+    return work
+
+
+def _variants(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The overrides of each run: the product of what --seeds and --sweep list."""
+    axes = [("seed", arguments.seeds)] if arguments.seeds else []
+    for sweep in arguments.sweep:
+        key, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep {sweep}: say KEY=A,B,C")
+        axes.append((key, values))
+    return list(itertools.product(*([f"{key}={value}" for value in values.split(",")] for key, values in axes)))
+
+
+def _pipeline(arguments: argparse.Namespace, resources: Resources) -> Work:
+    words = [word for word in arguments.words if not word.startswith("finetune.")]
+    tuned = [word.removeprefix("finetune.") for word in arguments.words if word.startswith("finetune.")]
+    options, name = config.read("pretrain", config.COMMANDS["pretrain"], words)
+    path = _folder(arguments, options, Path("runs") / name)
+    options = options.model_copy(update={"run_dir": str(path)})
+    schedule.check_run(options, path, resources.world)
+    given = options.model_dump(mode="json")
+    defaults = {key: given[key] for key in ("audio", "model", "compression")}
+    shared = [word for word in words if word.startswith("data.") and not word.startswith("data.val_")]
+    tuning, _ = config.read(
+        "finetune", FinetuneOptions, [arguments.finetune_config or config.DEFAULT["finetune"], *shared, *tuned], defaults
+    )
+    after = _finetuning(tuning, path / "finetune" / tuning.name, path, resources)
+    chain = [*schedule.phases_of("pretrain", options, path), *after.chains[0]]
+    return Work(path, [chain], [(options, path), *after.configs])
+
+
+def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Resources) -> Work:
+    options = options.model_copy(update={"run_dir": str(path)})
+    for phase in options.phases:
+        if phase.batch_size % resources.world:
+            raise UserError(f"fine-tuning: batch_size {phase.batch_size} is no multiple of {resources.world} processes")
+    return Work(path, [schedule.folds_of(options, path, ckpt)], [(options, path)])
+
+
+def _evaluation(arguments: argparse.Namespace) -> Work:
+    ckpt = arguments.ckpt.resolve()
+    find_checkpoint(ckpt)
+    options = files.load(EvaluateOptions, None, arguments.words)
+    path = (arguments.run_dir or find_run(ckpt)).resolve()
+    job = Job("evaluate", "evaluate", str(path / FOLDER / "evaluate.yaml"), str(path), str(ckpt))
+    return Work(path, [[[Task(job, done=False)]]], [(options, path)])
+
+
+def find_run(ckpt: Path) -> Path:
+    """The run that a checkpoint lies in."""
+    folder = find_checkpoint(ckpt)
+    return next((parent for parent in folder.parents if (parent / "config.yaml").exists()), folder)
+
+
+def _folder(arguments: argparse.Namespace, options: Any, default: Path) -> Path:
+    return Path(arguments.run_dir or options.run_dir or default).resolve()
+
+
+def _write(options: Options, path: Path) -> None:
+    if isinstance(options, RunOptions):
+        schedule.write_config(options, path)
+    else:
+        write_text(path / FOLDER / "evaluate.yaml", files.dump(options))
+
+
+def _with_snapshot(resources: Resources, folder: Path) -> Resources:
+    """Let jobs import a copy of the package, named by its content; requeued jobs find it again."""
+    package = Path(__file__).parent
+    sources = sorted(file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
+    copy = folder / FOLDER / f"code-{digest}"
+    if not copy.exists():
+        shutil.copytree(package, copy / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    line = f"export PYTHONPATH={shlex.quote(str(copy))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return Resources(**{**vars(resources), "setup": (*resources.setup, line)})
+
+
+def _submit(resources: Resources, work: Work) -> list[str]:
+    launcher = schedule.Launch(resources, work.folder / FOLDER, work.folder.name)
+    ids = launcher.submit(work.chains)
+    for task, number in launcher.made:
+        where = f" of {task.run.name}" if len(work.chains) > 1 else ""
+        print(f"submitted {task.job.name}{where} as job {number}")
+    made = {number for _, number in launcher.made}
+    for chain in work.chains:
+        for task in itertools.chain(*chain):
+            number = launcher.id_of(task)
+            if not task.done and number in launcher.queue and number not in made:
+                print(f"{task.job.name} is already in the queue as job {number}: {launcher.queue[number]}")
+    if not launcher.made:
+        print(f"{work.folder}: nothing to submit")
+    print(f"python slurm/launch.py status {work.folder}")
+    return ids
+
+
+def _wait(work: Work, ids: Sequence[str]) -> int:
+    while cluster.active(ids):
+        time.sleep(_POLL_SECONDS)
+    jobstatus.print_status(work.folder)
+    return int(any(part.failed for run in jobstatus.runs_below(work.folder) for part in jobstatus.parts_of(run)))
+
+
+def _run_here(kind: str, resources: Resources, work: Work) -> int:
+    for task in (task for chain in work.chains for stage in chain for task in stage):
+        if task.done or not task.wanted:
+            continue
+        print(f"{task.job.name}: running here; logs are in {work.folder / FOLDER}", flush=True)
+        if not cluster.run_here(kind, resources, work.folder / FOLDER, task.job):
+            events = [event for event in jobstatus.events_of(task.run) if event["event"] in ("failed", "interrupted")]
+            print(f"{task.job.name}: {events[-1]['error'] if events else 'it was killed'}")
+            return 1
+    return 0
+
+
+def _cancel(path: Path) -> int:
+    ids = {job["id"] for run in jobstatus.runs_below(path) for job in schedule.read_jobs(run).values()}
+    there = cluster.active(ids)
+    cluster.cancel(there)
+    print(f"cancelled {', '.join(sorted(there))}" if there else f"{path}: no job of it is in the queue")
+    return 0
+
+
+def _print_dry_run(work: Work, resources: Resources, kind: str) -> None:
+    rows = []
+    for chain in work.chains:
+        before = "-"
+        for stage in chain:
+            for task in stage:
+                state = "done" if task.done else "to do" if task.wanted else "left out"
+                rows.append((task.run.name, task.job.name, state, before, f"{task.pflops:.3g}"))
+            before = f"{stage[0].job.name}, ..." if len(stage) > 1 else stage[0].job.name
+    table("what would be submitted", ("run", "part", "", "after", "PFLOPs"), rows)
+    if kind != "slurm":
+        print(f"the scripts for --cluster slurm ({kind} runs the parts one after the other):")
+    nothing: list[Task] = []
+    for alike in itertools.zip_longest(*work.chains, fillvalue=nothing):
+        todo = [task for stage in alike for task in stage if not task.done and task.wanted]
+        if todo:
+            name = f"{work.folder.name}/{todo[0].job.name}"
+            print(f"\n# {', '.join(task.job.name for task in todo)}")
+            print(cluster.script(resources, work.folder / FOLDER, name, count=len(todo)))

@@ -1,0 +1,236 @@
+"""What a launch puts into the queue: the parts of runs that are neither done nor queued, each after what it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_c2f import cluster
+from ssl_c2f import options as files
+from ssl_c2f.cluster import Resources
+from ssl_c2f.data.dataset import open_manifest, split
+from ssl_c2f.engine import MAY_CHANGE
+from ssl_c2f.finetune import FinetuneOptions
+from ssl_c2f.jobs import FOLDER, Job
+from ssl_c2f.options import UserError
+from ssl_c2f.recipe import RunOptions, make_plan
+from ssl_c2f.run import RunFolder, write_text
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that a run needs, whether or not it is still to be done."""
+
+    job: Job
+    done: bool
+    pflops: float = 0.0
+    wanted: bool = True  # False: others may wait for it, but it is not to be submitted
+
+    @property
+    def run(self) -> Path:
+        return Path(self.job.run)
+
+
+Chain = list[list[Task]]  # stages: all tasks of one must end well before the next one's start
+
+
+def phases_of(command: str, options: RunOptions, path: Path, only: Collection[str] = ()) -> Chain:
+    """The phases of a run, of which only those named in `only` are to be submitted (none: all).
+
+    Raises:
+        UserError: no such phase, no audio.
+    """
+    names = [phase.name for phase in options.phases]
+    if unknown := set(only) - set(names):
+        raise UserError(f"--phases: there is no phase {min(unknown)}; there are {', '.join(names)}")
+    manifest = open_manifest(options.data)
+    plan = make_plan(options, len(split(manifest, options.data)[0]), len(manifest.classes))
+    config = str(path / FOLDER / "config.yaml")
+    return [
+        [Task(Job(command, name, config, str(path)), RunFolder(path).phase(i, name).is_done(), cost.pflops,
+              not only or name in only)]
+        for i, (name, cost) in enumerate(zip(names, plan.phases, strict=True))
+    ]
+
+
+def folds_of(options: FinetuneOptions, path: Path, ckpt: Path) -> Chain:
+    """Fine-tuning in `path`: a task for each fold that is held out, then one that scores them all.
+
+    Raises:
+        UserError: no audio, no such fold.
+    """
+    manifest = open_manifest(options.data)
+    there = sorted({clip.fold for clip in manifest.clips if clip.fold is not None})
+    folds = there if options.folds == "auto" else list(options.folds)
+    if missing := set(folds) - set(there):
+        raise UserError(f"folds: no clip of {manifest.root} is in fold {min(missing)}; there are {there}")
+    parts = [str(fold) for fold in folds] if len(there) > 1 else ["all"]
+    config = str(path / FOLDER / "config.yaml")
+    pflops = make_plan(options, len(manifest.clips), len(manifest.classes)).pflops
+    tasks = []
+    for part in parts:
+        folder = RunFolder(path if part == "all" else path / f"fold-{part}")
+        done = all(folder.phase(i, phase.name).is_done() for i, phase in enumerate(options.phases))
+        tasks.append(Task(Job("finetune", part, config, str(path), str(ckpt)), done, pflops))
+    scored = all(task.done for task in tasks) and _scored(path, parts)
+    return [tasks, [Task(Job("score", "scores", config, str(path), str(ckpt)), scored)]]
+
+
+def _scored(path: Path, parts: Sequence[str]) -> bool:
+    """Whether scores.json has all folds in it."""
+    file = path / "scores.json"
+    return file.exists() and set(json.loads(file.read_text())["folds"]) >= set(parts) - {"all"}
+
+
+def check_run(options: RunOptions, path: Path, world: int) -> None:
+    """What the first job would complain about, said before it is queued.
+
+    Raises:
+        UserError: the folder holds another run, or batches do not divide among the processes.
+    """
+    for phase in options.phases:
+        if phase.batch_size % world:
+            raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {world} processes")
+    if RunFolder(path).config.exists():
+        RunFolder(path).check_config(files.dump(options), (*MAY_CHANGE, *_added(options, path)))
+
+
+def write_config(options: RunOptions, path: Path) -> None:
+    """Keep the options for the jobs; a run that got more phases learns of them.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    text = files.dump(options)
+    write_text(path / FOLDER / "config.yaml", text)
+    if RunFolder(path).config.exists() and _added(options, path):
+        write_text(RunFolder(path).config, text)
+
+
+def _added(options: RunOptions, path: Path) -> list[str]:
+    """Keys of phases that follow those that the run was begun with."""
+    before = len(yaml.safe_load(RunFolder(path).config.read_text())["phases"])
+    return [f"phases.{i}.*" for i in range(before, len(options.phases))]
+
+
+class Launch:
+    """One launch: what it finds in the queue, and what it adds. A part that is done, queued or running is not added."""
+
+    def __init__(self, resources: Resources, folder: Path, name: str) -> None:
+        self.resources, self.folder, self.name = resources, folder, name
+        self.queue: dict[str, str] = {}
+        self.made: list[tuple[Task, str]] = []
+
+    def submit(self, chains: Sequence[Chain]) -> list[str]:
+        """Submit what is left of chains, alike ones as arrays; returns the ids of all jobs that they now wait for.
+
+        Raises:
+            UserError: Slurm refuses a job (those submitted before it are cancelled), or a phase that is not to be
+                submitted is missing.
+        """
+        known = {self.id_of(task) for chain in chains for stage in chain for task in stage} - {""}
+        self.queue = cluster.settled(known)
+        try:
+            alike: dict[tuple[str, ...], list[Chain]] = {}
+            for chain in chains:
+                left = [stage for stage in chain if not all(task.done for task in stage)]
+                single = all(len(stage) == 1 and stage[0].wanted for stage in left)
+                if len(chains) > 1 and single and not any(self._queued(task) for stage in left for task in stage):
+                    alike.setdefault(tuple(stage[0].job.name for stage in left), []).append(left)
+                else:
+                    self._chain(chain)
+            for group in alike.values():
+                self._arrays(group)
+        except BaseException:
+            cluster.cancel([number for _, number in self.made])
+            for task, _ in self.made:
+                _remember(task, None, self.folder)
+            raise
+        waiting = {number for _, number in self.made} | self.queue.keys()
+        return sorted(waiting)
+
+    def id_of(self, task: Task) -> str:
+        return str(read_jobs(task.run).get(task.job.name, {}).get("id", ""))
+
+    def _queued(self, task: Task) -> bool:
+        return self.id_of(task) in self.queue
+
+    def _chain(self, chain: Chain) -> None:
+        needs: list[str] = []
+        renewed = False  # those that wait for a job that is gone would never start
+        for i, stage in enumerate(chain):
+            there = [task for task in stage if not task.done and self._queued(task)]
+            if renewed:
+                cluster.cancel([self.id_of(task) for task in there])
+                there = []
+            todo = [task for task in stage if not task.done and task not in there]
+            if missing := [task for task in todo if not task.wanted]:
+                if not any(task.wanted and not task.done for later in chain[i + 1:] for task in later):
+                    break
+                raise UserError(f"phase {missing[0].job.name} is neither done nor queued, and others need it")
+            new = self._put(todo, f"afterok:{':'.join(needs)}" if needs else None) if todo else []
+            renewed = renewed or bool(new)
+            needs = [self.id_of(task) for task in there] + new
+
+    def _arrays(self, chains: Sequence[Chain]) -> None:
+        """Element i of each array waits for element i of the one before."""
+        before: str | None = None
+        for stage in zip(*chains, strict=True):
+            tasks = [task for (task,) in stage]
+            after = "aftercorr" if len(tasks) > 1 else "afterok"
+            ids = self._put(tasks, f"{after}:{before}" if before else None)
+            before = ids[0].partition("_")[0]
+
+    def _put(self, tasks: Sequence[Task], dependency: str | None) -> list[str]:
+        jobs = [task.job for task in tasks]
+        ids = cluster.submit(self.resources, self.folder, f"{self.name}/{jobs[0].name}", jobs, dependency)
+        for task, number in zip(tasks, ids, strict=True):
+            self.made.append((task, number))
+            _remember(task, number, self.folder)
+        return ids
+
+
+def read_jobs(run: Path) -> dict[str, dict[str, Any]]:
+    """jobs.json of a run: part -> id, log, submitted."""
+    file = run / "jobs.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _remember(task: Task, number: str | None, folder: Path) -> None:
+    jobs = read_jobs(task.run)
+    jobs.pop(task.job.name, None)
+    if number:
+        log = str(folder / f"{number}_0_log.err")
+        jobs[task.job.name] = {"id": number, "log": log, "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_text(task.run / "jobs.json", json.dumps(jobs, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only launcher of a run: two at once would each submit it.
+
+    Raises:
+        UserError: there is another, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "launching", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another launch of {folder.parent} is under way") from None
+        yield
+    finally:
+        os.close(descriptor)
