@@ -24,7 +24,12 @@ CLUSTER = "auto: slurm where sbatch is there and sinfo answers, else local; debu
 
 def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a job failed, 2 for a user's mistake (told in one line)."""
-    arguments = parser().parse_args(words)
+    top = parser()
+    arguments, rest = top.parse_known_args(words)
+    if [word for word in rest if word.startswith("-")] or (rest and "words" not in arguments):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse wants all overrides in one place; people put them before and after flags
+        arguments.words += rest
     from ssl_c2f import launching  # imports torch: --help need not
 
     try:

@@ -122,21 +122,17 @@ def submit(
     return [str(job.job_id) for job in made]
 
 
-def run_here(cluster: str, resources: Resources, folder: Path, job: Job) -> bool:
-    """Run one job on this machine, `local` in processes of its own or `debug` in this one; whether it came to its end."""
+def start_here(cluster: str, resources: Resources, folder: Path, job: Job) -> submitit.Job[None]:
+    """Start a job on this machine: `local` in processes of its own, `debug` in this one once its result is asked for."""
     if cluster == "debug":
-        submitit.DebugExecutor(folder).submit(job).results()
-        return True
+        return submitit.DebugExecutor(folder).submit(job)
     executor = submitit.LocalExecutor(folder, resources.max_timeouts, python=resources.python)
     executor.update_parameters(
         tasks_per_node=resources.tasks_per_node, gpus_per_node=resources.ngpus, timeout_min=resources.timeout,
         signal_delay_s=resources.grace, setup=list(resources.setup),
     )
     with _environment():
-        running = executor.submit(job)
-    while not running.done():
-        time.sleep(0.2)
-    return running.exception() is None
+        return executor.submit(job)
 
 
 def active(ids: Collection[str]) -> dict[str, str]:

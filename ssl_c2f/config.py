@@ -68,6 +68,6 @@ def read_any(words: Sequence[str]) -> RunOptions:
     file = files.find_config(names[0] if names else DEFAULT["pretrain"], "pretrain")
     command = file.parent.name
     if command not in COMMANDS:
-        labelled = re.search(r"(?m)^\s*name: supervised\b", file.read_text(encoding="utf-8", errors="replace"))
+        labelled = re.search(r"\bname:\s*supervised\b", file.read_text(encoding="utf-8", errors="replace"))
         command = "train" if labelled else "pretrain"
     return read(command, COMMANDS[command], [str(file), *words[len(names):]] if names else words)[0]

@@ -41,7 +41,7 @@ from ssl_c2f.weights import Weights
 
 # What may change when a run is resumed, besides added phases: where it runs and how it is watched, not what it computes
 MAY_CHANGE = (
-    "run_dir", "name", "folds",
+    "run_dir", "name", "folds", "folds.*",
     "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
     "train.device", "train.max_batch_per_device", "train.compile", "train.rehearse", "train.log_every",
     "train.checkpoint_every", "train.keep", "train.max_nonfinite",
@@ -104,7 +104,8 @@ def _next(loader: Iterator[Items]) -> Items:
     try:
         return next(loader)
     except UserError as error:  # from a worker it comes with the worker's traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ssl_c2f.options.UserError: ")) from None
+        line = str(error).strip().splitlines()[-1].removeprefix("ssl_c2f.options.UserError: ")
+    raise UserError(line)  # out here, so that no traceback keeps the loader and its workers alive
 
 
 def _no_sync(model: nn.Module, active: bool) -> contextlib.AbstractContextManager[None]:
@@ -141,7 +142,8 @@ def train_phase(run: Run, phase: Phase) -> None:
             _train(run, phase, t, tracker, progress)
         finally:
             if tracker:
-                tracker.finish()
+                with contextlib.suppress(OSError):  # a full disk, of which its `log` has told
+                    tracker.finish()
     if run.dist.is_main:
         run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
     run.dist.barrier()

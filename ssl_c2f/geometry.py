@@ -39,7 +39,7 @@ class AudioOptions(Options):
     def _consistent(self) -> AudioOptions:
         nyquist = self.sample_rate / 2
         if not self.f_min < (self.f_max or nyquist) <= nyquist:
-            raise ValueError(f"f_min {self.f_min:g} < f_max {self.f_max:g} <= {nyquist:g} Hz (half of sample_rate) fails")
+            raise ValueError(f"f_min {self.f_min:g} < f_max {self.f_max:g} <= {nyquist:g} Hz (half the rate) fails")
         if self.clip_seconds * 1000 < self.window_ms:
             raise ValueError(f"clip_seconds {self.clip_seconds:g} is shorter than one window of {self.window_ms:g} ms")
         if int(self.sample_rate * self.hop_ms / 1000) < 1:

@@ -50,7 +50,7 @@ class Job:
     def __call__(self) -> None:
         preemption = Preemption()
         environment = export_rendezvous()
-        self.record(environment, "started")
+        self.record(environment, "started", host=environment.hostname, code=str(Path(__file__).parent))
         try:
             self._work(preemption.stop)
         except Interrupted as interrupted:
@@ -163,4 +163,4 @@ def _leave_group() -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    return ([*str(error).strip().splitlines(), ""])[-1] if str(error).strip() else ""
+    return next(reversed(str(error).strip().splitlines()), "")

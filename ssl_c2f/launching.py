@@ -9,7 +9,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults
 from ssl_c2f.jobs import FOLDER, Job
 from ssl_c2f.options import Options, UserError
 from ssl_c2f.progress import table
-from ssl_c2f.recipe import RunOptions
 from ssl_c2f.run import write_text
 from ssl_c2f.schedule import Chain, Task
 from ssl_c2f.weights import find_checkpoint, load_weights
@@ -68,7 +67,7 @@ def launch(arguments: argparse.Namespace) -> int:
         if kind == "slurm":
             cluster.check(resources, work.folder / FOLDER)
         for options, path in work.configs:
-            _write(options, path)
+            write_text(path, files.dump(options))
         resources = _with_snapshot(resources, work.folder) if arguments.snapshot else resources
         if kind != "slurm":
             return _run_here(kind, resources, work)
@@ -119,7 +118,7 @@ def _phases(arguments: argparse.Namespace, resources: Resources) -> Work:
         options = options.model_copy(update={"run_dir": str(path)})
         schedule.check_run(options, path, resources.world)
         work.chains.append(schedule.phases_of(command, options, path, only))
-        work.configs.append((options, path))
+        work.configs.append((options, schedule.config_of(path)))
     return work
 
 
@@ -149,7 +148,7 @@ def _pipeline(arguments: argparse.Namespace, resources: Resources) -> Work:
     )
     after = _finetuning(tuning, path / "finetune" / tuning.name, path, resources)
     chain = [*schedule.phases_of("pretrain", options, path), *after.chains[0]]
-    return Work(path, [chain], [(options, path), *after.configs])
+    return Work(path, [chain], [(options, schedule.config_of(path)), *after.configs])
 
 
 def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Resources) -> Work:
@@ -157,7 +156,7 @@ def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Res
     for phase in options.phases:
         if phase.batch_size % resources.world:
             raise UserError(f"fine-tuning: batch_size {phase.batch_size} is no multiple of {resources.world} processes")
-    return Work(path, [schedule.folds_of(options, path, ckpt)], [(options, path)])
+    return Work(path, [schedule.folds_of(options, path, ckpt)], [(options, schedule.config_of(path))])
 
 
 def _evaluation(arguments: argparse.Namespace) -> Work:
@@ -165,8 +164,9 @@ def _evaluation(arguments: argparse.Namespace) -> Work:
     find_checkpoint(ckpt)
     options = files.load(EvaluateOptions, None, arguments.words)
     path = (arguments.run_dir or find_run(ckpt)).resolve()
-    job = Job("evaluate", "evaluate", str(path / FOLDER / "evaluate.yaml"), str(path), str(ckpt))
-    return Work(path, [[[Task(job, done=False)]]], [(options, path)])
+    file = path / FOLDER / "evaluate.yaml"
+    job = Job("evaluate", "evaluate", str(file), str(path), str(ckpt))
+    return Work(path, [[[Task(job, done=False)]]], [(options, file)])
 
 
 def find_run(ckpt: Path) -> Path:
@@ -179,13 +179,6 @@ def _folder(arguments: argparse.Namespace, options: Any, default: Path) -> Path:
     return Path(arguments.run_dir or options.run_dir or default).resolve()
 
 
-def _write(options: Options, path: Path) -> None:
-    if isinstance(options, RunOptions):
-        schedule.write_config(options, path)
-    else:
-        write_text(path / FOLDER / "evaluate.yaml", files.dump(options))
-
-
 def _with_snapshot(resources: Resources, folder: Path) -> Resources:
     """Let jobs import a copy of the package, named by its content; requeued jobs find it again."""
     package = Path(__file__).parent
@@ -194,8 +187,9 @@ def _with_snapshot(resources: Resources, folder: Path) -> Resources:
     copy = folder / FOLDER / f"code-{digest}"
     if not copy.exists():
         shutil.copytree(package, copy / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    line = f"export PYTHONPATH={shlex.quote(str(copy))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return Resources(**{**vars(resources), "setup": (*resources.setup, line)})
+    path = f"export PYTHONPATH={shlex.quote(str(copy))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    safe = "export PYTHONSAFEPATH=1"  # else the folder that we are in, which may be the checkout, comes first
+    return replace(resources, setup=(*resources.setup, path, safe))
 
 
 def _submit(resources: Resources, work: Work) -> list[str]:
@@ -224,13 +218,21 @@ def _wait(work: Work, ids: Sequence[str]) -> int:
 
 
 def _run_here(kind: str, resources: Resources, work: Work) -> int:
+    folder = work.folder / FOLDER
     for task in (task for chain in work.chains for stage in chain for task in stage):
         if task.done or not task.wanted:
             continue
-        print(f"{task.job.name}: running here; logs are in {work.folder / FOLDER}", flush=True)
-        if not cluster.run_here(kind, resources, work.folder / FOLDER, task.job):
-            events = [event for event in jobstatus.events_of(task.run) if event["event"] in ("failed", "interrupted")]
-            print(f"{task.job.name}: {events[-1]['error'] if events else 'it was killed'}")
+        print(f"{task.job.name}: running here; logs are in {folder}", flush=True)
+        job = cluster.start_here(kind, resources, folder, task.job)
+        if kind == "debug":
+            job.results()
+            continue
+        schedule.remember(task, str(job.job_id), folder)
+        while not job.done():
+            time.sleep(0.1)
+        if job.exception() is not None:
+            part = next(part for part in jobstatus.parts_of(task.run) if part.name == task.job.name)
+            print(f"{part.name}: {part.error or 'it was killed'}\n  log: {part.log}")
             return 1
     return 0
 
@@ -246,19 +248,22 @@ def _cancel(path: Path) -> int:
 def _print_dry_run(work: Work, resources: Resources, kind: str) -> None:
     rows = []
     for chain in work.chains:
-        before = "-"
-        for stage in chain:
+        for needed, stage in itertools.pairwise([[], *chain]):
+            after = ", ".join(task.job.name for task in needed) or "-"
             for task in stage:
                 state = "done" if task.done else "to do" if task.wanted else "left out"
-                rows.append((task.run.name, task.job.name, state, before, f"{task.pflops:.3g}"))
-            before = f"{stage[0].job.name}, ..." if len(stage) > 1 else stage[0].job.name
+                rows.append((task.run.name, task.job.name, state, after, f"{task.pflops:.3g}"))
     table("what would be submitted", ("run", "part", "", "after", "PFLOPs"), rows)
     if kind != "slurm":
         print(f"the scripts for --cluster slurm ({kind} runs the parts one after the other):")
     nothing: list[Task] = []
+    before = ""
     for alike in itertools.zip_longest(*work.chains, fillvalue=nothing):
         todo = [task for stage in alike for task in stage if not task.done and task.wanted]
         if todo:
-            name = f"{work.folder.name}/{todo[0].job.name}"
+            name = todo[0].job.name
+            dependency = f"{'aftercorr' if len(work.chains) > 1 else 'afterok'}:<{before}>" if before else None
             print(f"\n# {', '.join(task.job.name for task in todo)}")
-            print(cluster.script(resources, work.folder / FOLDER, name, count=len(todo)))
+            job = f"{work.folder.name}/{name}"
+            print(cluster.script(resources, work.folder / FOLDER, job, dependency=dependency, count=len(todo)))
+            before = name

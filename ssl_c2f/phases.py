@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,7 @@ LENGTHS = ("epochs", "steps", "samples", "flops")
 
 
 class PhaseOptions(Options):
-    """One entry of `phases:`. Fields left out take the run's own value (`optim.lr`, `mask.ratio`, `model.patch_t`, ...)."""
+    """One entry of `phases:`. What is left out is the run's own (`optim.lr`, `mask.ratio`, `model.patch_t`, ...)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$", description="names the phase's folder")
     epochs: float | None = Field(None, gt=0, description="length; give exactly one of epochs, steps, samples, flops")
@@ -73,7 +73,8 @@ class Phase:
         return f"{self.index}-{self.name}"
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a step stands: phase `index`, and the fractions done of the phase (t) and of the run (u), in [0, 1]."""
 
     index: int
@@ -113,7 +114,7 @@ def make_curriculum(
     options: Sequence[PhaseOptions], *, num_clips: int, lr: float, mask_ratio: float, mask_shape: Shape,
     flops_per_clip: Sequence[float],
 ) -> Curriculum:
-    """Turn lengths in epochs, steps, samples or FLOPs into steps. Lengths are rounded to the nearest step, at least one.
+    """Turn lengths in epochs, steps, samples or FLOPs into steps: the nearest number of them, at least one.
 
     Args:
         num_clips: clips of an epoch.
@@ -144,8 +145,10 @@ def make_curriculum(
     return Curriculum(tuple(phases))
 
 
-def learning_rate(place: Place, *, min_lr_ratio: float = 0.0, schedule: Literal["cosine", "constant"] = "cosine") -> float:
-    """Linear warm-up from the first step on, then a half cosine down to `min_lr_ratio` of the peak; every phase anew."""
+def learning_rate(
+    place: Place, *, min_lr_ratio: float = 0.0, schedule: Literal["cosine", "constant"] = "cosine"
+) -> float:
+    """Linear warm-up from the first step on, then a half cosine down to `min_lr_ratio` of the peak; each phase anew."""
     phase, done = place.phase, round(place.t * place.phase.steps)
     if done < phase.warmup_steps:
         return phase.lr * (done + 1) / phase.warmup_steps

@@ -58,19 +58,19 @@ def palette() -> npt.NDArray[np.uint8]:
 
 def value_range(spec: Tensor) -> tuple[float, float]:
     """Where the colour scale begins and ends: all but the faintest and the loudest 1 % of the finite values."""
-    values = spec[spec.isfinite()].float()
+    values = spec[spec.isfinite()]
     if not len(values):
         return 0.0, 1.0
-    low, high = np.quantile(values.cpu().numpy(), [0.01, 0.99])
-    return float(low), float(max(high, low + 1e-6))
+    low, high = np.quantile(values.double().cpu().numpy(), [0.01, 0.99])
+    return float(low), float(high)
 
 
 def png(spec: Tensor, low: float, high: float) -> bytes:
     """A spectrogram (T, F) as PNG; values beyond `low` and `high` take the colours there, NaN is grey."""
     if len(spec) > _MAX_COLUMNS:
         spec = spec[torch.linspace(0, len(spec) - 1, _MAX_COLUMNS).round().long()]
-    values = spec.detach().float().cpu().numpy().T[::-1]
-    level = np.clip((values - low) / (high - low), 0.0, 1.0) * (LEVELS - 1)
+    values = spec.detach().double().cpu().numpy().T[::-1]
+    level = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (LEVELS - 1)
     indices = np.where(np.isnan(values), LEVELS, np.rint(np.nan_to_num(level))).astype(np.uint8)
     image = Image.fromarray(indices)
     image.putpalette(palette().tobytes())

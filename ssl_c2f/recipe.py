@@ -107,7 +107,8 @@ class RunOptions(Options):
 
     def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
         return make_curriculum(
-            self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, mask_ratio=self.mask.ratio, mask_shape=self.mask.shape,
+            self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, mask_ratio=self.mask.ratio,
+            mask_shape=self.mask.shape,
             flops_per_clip=[cost.step_flops(self.parts(i, num_classes)) for i in range(len(self.phases))],
         )
 
@@ -190,7 +191,8 @@ def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePla
         name=phase.name, time_factor=phase.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
         frames=geometry.frames(geometry.clip_samples), grid=geometry.grid, tokens=geometry.num_tokens,
         kept=geometry.num_tokens - masked, batch_size=phase.batch_size, steps=phase.steps, clips=clips,
-        gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12, pflops=per_clip * clips / 1e15,
+        gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
+        pflops=per_clip * clips / 1e15,
         parts={part.name: part.step / 1e9 for part in parts},
         activation_mb_per_clip=cost.transformer_bytes(
             geometry.num_tokens - masked, model.width, model.depth, model.mlp_ratio
@@ -203,8 +205,8 @@ def plan_rows(plan: Plan) -> tuple[Sequence[str], list[Sequence[object]]]:
     columns = ("phase", "C", "hop", "frames", "grid", "tokens", "kept", "batch", "steps", "GFLOPs/clip", "TFLOPs/step",
                "PFLOPs", "share")
     rows = [
-        (p.name, p.time_factor, f"{p.hop_ms:g} ms", p.frames, f"{p.grid[0]}x{p.grid[1]}", p.tokens, p.kept, p.batch_size,
-         p.steps, f"{p.gflops_per_clip:.3g}", f"{p.tflops_per_step:.3g}", f"{p.pflops:.3g}",
+        (p.name, p.time_factor, f"{p.hop_ms:g} ms", p.frames, f"{p.grid[0]}x{p.grid[1]}", p.tokens, p.kept,
+         p.batch_size, p.steps, f"{p.gflops_per_clip:.3g}", f"{p.tflops_per_step:.3g}", f"{p.pflops:.3g}",
          f"{p.pflops / plan.pflops:.0%}")
         for p in plan.phases
     ]

@@ -43,6 +43,11 @@ class Task:
 Chain = list[list[Task]]  # stages: all tasks of one must end well before the next one's start
 
 
+def config_of(run: Path) -> Path:
+    """Where a launch keeps the options for the jobs of a run."""
+    return run / FOLDER / "config.yaml"
+
+
 def phases_of(command: str, options: RunOptions, path: Path, only: Collection[str] = ()) -> Chain:
     """The phases of a run, of which only those named in `only` are to be submitted (none: all).
 
@@ -54,7 +59,7 @@ def phases_of(command: str, options: RunOptions, path: Path, only: Collection[st
         raise UserError(f"--phases: there is no phase {min(unknown)}; there are {', '.join(names)}")
     manifest = open_manifest(options.data)
     plan = make_plan(options, len(split(manifest, options.data)[0]), len(manifest.classes))
-    config = str(path / FOLDER / "config.yaml")
+    config = str(config_of(path))
     return [
         [Task(Job(command, name, config, str(path)), RunFolder(path).phase(i, name).is_done(), cost.pflops,
               not only or name in only)]
@@ -74,7 +79,7 @@ def folds_of(options: FinetuneOptions, path: Path, ckpt: Path) -> Chain:
     if missing := set(folds) - set(there):
         raise UserError(f"folds: no clip of {manifest.root} is in fold {min(missing)}; there are {there}")
     parts = [str(fold) for fold in folds] if len(there) > 1 else ["all"]
-    config = str(path / FOLDER / "config.yaml")
+    config = str(config_of(path))
     pflops = make_plan(options, len(manifest.clips), len(manifest.classes)).pflops
     tasks = []
     for part in parts:
@@ -102,18 +107,6 @@ def check_run(options: RunOptions, path: Path, world: int) -> None:
             raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {world} processes")
     if RunFolder(path).config.exists():
         RunFolder(path).check_config(files.dump(options), (*MAY_CHANGE, *_added(options, path)))
-
-
-def write_config(options: RunOptions, path: Path) -> None:
-    """Keep the options for the jobs; a run that got more phases learns of them.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    text = files.dump(options)
-    write_text(path / FOLDER / "config.yaml", text)
-    if RunFolder(path).config.exists() and _added(options, path):
-        write_text(RunFolder(path).config, text)
 
 
 def _added(options: RunOptions, path: Path) -> list[str]:
@@ -153,7 +146,7 @@ class Launch:
         except BaseException:
             cluster.cancel([number for _, number in self.made])
             for task, _ in self.made:
-                _remember(task, None, self.folder)
+                remember(task, None, self.folder)
             raise
         waiting = {number for _, number in self.made} | self.queue.keys()
         return sorted(waiting)
@@ -168,10 +161,10 @@ class Launch:
         needs: list[str] = []
         renewed = False  # those that wait for a job that is gone would never start
         for i, stage in enumerate(chain):
-            there = [task for task in stage if not task.done and self._queued(task)]
-            if renewed:
-                cluster.cancel([self.id_of(task) for task in there])
-                there = []
+            there = [task for task in stage if self._queued(task)]
+            lost = [task for task in there if renewed or (not needs and "Dependency" in self.queue[self.id_of(task)])]
+            cluster.cancel([self.id_of(task) for task in lost])
+            there = [task for task in there if task not in lost]
             todo = [task for task in stage if not task.done and task not in there]
             if missing := [task for task in todo if not task.wanted]:
                 if not any(task.wanted and not task.done for later in chain[i + 1:] for task in later):
@@ -195,7 +188,7 @@ class Launch:
         ids = cluster.submit(self.resources, self.folder, f"{self.name}/{jobs[0].name}", jobs, dependency)
         for task, number in zip(tasks, ids, strict=True):
             self.made.append((task, number))
-            _remember(task, number, self.folder)
+            remember(task, number, self.folder)
         return ids
 
 
@@ -205,7 +198,8 @@ def read_jobs(run: Path) -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _remember(task: Task, number: str | None, folder: Path) -> None:
+def remember(task: Task, number: str | None, folder: Path) -> None:
+    """Put a job into its run's jobs.json; without a number, take it out."""
     jobs = read_jobs(task.run)
     jobs.pop(task.job.name, None)
     if number:

@@ -51,8 +51,17 @@ class Stop:
 
 
 def _shield() -> None:
-    """Ctrl-C in a terminal, torchrun and Slurm signal loader workers too; one that died would take the run with it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _caught)
+    """In a forked child, that is a loader's worker: only its parent may end it. Ctrl-C in a terminal, torchrun and Slurm
+    signal it as well, and if it died of that it would take the run with it."""
+    if _caught:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _caught)
+        threading.Thread(target=_heed_parent, args=(frozenset(_caught),), daemon=True).start()
+
+
+def _heed_parent(signals: frozenset[signal.Signals]) -> None:
+    while signal.sigwaitinfo(signals).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 os.register_at_fork(after_in_child=_shield)

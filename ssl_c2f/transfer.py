@@ -70,10 +70,10 @@ def transfer(
     moved: list[Moved] = []
     result: dict[str, Tensor] = {}
     for name, wanted in target.items():
-        found = state.get(name)
-        value, detail = (None, "not in the checkpoint") if found is None else _fit(name, found, source, geometry)
+        value, detail = _fit(name, state.get(name), source, geometry)
         if value is not None and value.shape != wanted.shape:
-            value, detail = None, f"checkpoint has {tuple(value.shape)}, the model {tuple(wanted.shape)}"
+            detail = f"checkpoint has {tuple(value.shape)}, the model {tuple(wanted.shape)}"
+            value = None
         if value is None and name.startswith("encoder."):
             raise UserError(f"the encoder does not fit the checkpoint: {name}: {detail}")
         action: Action = "reinitialised" if value is None else "resized" if detail else "copied"
@@ -86,8 +86,10 @@ def transfer(
     return result, TransferReport(tuple(moved))
 
 
-def _fit(name: str, tensor: Tensor, source: Geometry, target: Geometry) -> tuple[Tensor, str]:
-    """The tensor in the target's geometry and, if it was resized, how."""
+def _fit(name: str, tensor: Tensor | None, source: Geometry, target: Geometry) -> tuple[Tensor | None, str]:
+    """The tensor in the target's geometry and, if it was resized, how; or why there is none."""
+    if tensor is None:
+        return None, "not in the checkpoint"
     old, new = (source.patch_f, source.patch_t), (target.patch_f, target.patch_t)
     patches = f"patch {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
     if name.endswith("patch_embed.weight") and old != new:
@@ -100,7 +102,7 @@ def _fit(name: str, tensor: Tensor, source: Geometry, target: Geometry) -> tuple
 
 
 def _places(geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Centres of the real rows and columns, as shares of the mel bins and in seconds: two runs may count in other units."""
+    """Centres of the real rows and columns, as shares of the mel bins and in seconds, whatever unit a run counts in."""
     rows, columns = (places.double() + 0.5 for places in geometry.positions())
     seconds = columns[: geometry.columns] * geometry.unit_samples / geometry.sample_rate
     return rows * geometry.unit_mels / geometry.num_mels, seconds
@@ -122,7 +124,8 @@ def resize_kernel(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     PI-resize of FlexiViT (Beyer et al., CVPR 2023, eq. 4): the pseudo-inverse of the resizing. Exact where the patch
     grows; the least-squares best where it shrinks.
     """
-    return (weight.double() @ torch.linalg.pinv(resize_matrix(old, new)).to(weight.device)).to(weight.dtype)
+    inverse: Tensor = torch.linalg.pinv(resize_matrix(old, new))
+    return (weight.double() @ inverse.to(weight.device)).to(weight.dtype)
 
 
 def resize_head(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -135,7 +138,7 @@ def interpolate_positions(table: Tensor, source: Geometry, target: Geometry) -> 
     rows, columns = (
         _linear_map(old, new).to(table.device) for old, new in zip(_places(source), _places(target), strict=True)
     )
-    grid = table.double().unflatten(0, source.grid)
+    grid = table.double().reshape(*source.grid, -1)
     return torch.einsum("ij,jkd,lk->ild", rows, grid, columns).flatten(0, 1).to(table.dtype)
 
 

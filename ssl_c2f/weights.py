@@ -34,8 +34,8 @@ class Weights:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, its model.safetensors, a phase (its newest), or a run (the newest
-    of its furthest phase).
+    """The checkpoint folder that `path` means: itself, its model.safetensors, a phase (its newest), or a run (the
+    newest of its furthest phase).
 
     Raises:
         UserError: there is none.

@@ -34,7 +34,7 @@ def counted(objective: torch.nn.Module, geometry: Geometry, masking: Masking | N
     batch = FrontEnd(geometry, Statistics(0.0, 1.0))(items, masking)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(batch).loss.backward()
-    return counter.get_total_flops() / CLIPS
+    return float(counter.get_total_flops()) / CLIPS
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_ramps_show_which_mel_and_frame_lands_in_which_token(g: Geometry) -> Non
 
 
 @given(st.sampled_from(["pool_mean", "patch"]), st.integers(1, 4), st.integers(1, 5))
-def test_the_frames_of_a_token_stand_where_its_position_says(compression: Compression, factor: int, patch_t: int) -> None:
+def test_frames_of_a_token_stand_where_its_position_says(compression: Compression, factor: int, patch_t: int) -> None:
     g = make_geometry(AUDIO, compression, (4, patch_t), factor)
     centres = patchify(ramp(g, g.pool_kind).expand(1, -1, 16), g)[0, : g.columns].mean(-1)
     positions = (g.positions()[1][: g.columns].double() + 0.5) * patch_t - 0.5  # from fine patches to fine frames
@@ -86,7 +86,7 @@ def test_sine_cosine_positions_are_those_of_the_middle(compression: Compression,
     """Exact in every geometry: a coarse column's code is the fine one's formula at its own place."""
     g = make_geometry(AUDIO, compression, (4, 2), factor)
     rows, columns = (p.double() for p in g.positions())
-    omega = 1 / 10000 ** (torch.arange(4, dtype=torch.float64) / 4)  # of a width of 16: half for frequency, half for time
+    omega = 1 / 10000 ** (torch.arange(4, dtype=torch.float64) / 4)  # half of 16 for frequency, half for time
     table = sincos_positions(g, 16).view(g.grid_f, g.columns, 2, 8)
 
     def code(places: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ def test_sine_cosine_positions_are_those_of_the_middle(compression: Compression,
 @given(st.data())
 def test_only_kept_tokens_are_encoded(data: st.DataObject) -> None:
     encoder = Encoder(MODEL, GEOMETRY).eval()
-    kept = torch.tensor([data.draw(st.sets(st.integers(0, GEOMETRY.num_tokens - 1), min_size=3, max_size=3).map(sorted))])
+    tokens = st.sets(st.integers(0, GEOMETRY.num_tokens - 1), min_size=3, max_size=3)
+    kept = torch.tensor([sorted(data.draw(tokens))])
     patches = torch.randn(1, GEOMETRY.num_tokens, GEOMETRY.patch_dim)
     hidden = patches.clone()
     hidden[0, [i for i in range(GEOMETRY.num_tokens) if i not in kept[0].tolist()]] = torch.nan
@@ -117,8 +118,9 @@ def test_only_kept_tokens_are_encoded(data: st.DataObject) -> None:
 def test_nobody_attends_to_padding(fused: bool) -> None:
     """With either of timm's two kinds of attention."""
     encoder = Encoder(MODEL, GEOMETRY).eval()
-    for block in encoder.blocks:
-        block.attn.fused_attn = fused
+    for module in encoder.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", fused)  # noqa: B010
     patches = torch.randn(2, GEOMETRY.num_tokens, GEOMETRY.patch_dim)
     real = GEOMETRY.num_tokens - 5
     valid = torch.arange(GEOMETRY.num_tokens).expand(2, -1) < real

@@ -23,12 +23,12 @@ DEPTH = 3
 
 def objective(kind: str = "mae", patch_t: int = 4, positions: Any = "learned") -> nn.Module:
     model = EncoderOptions(width=8, depth=DEPTH, heads=2, positions=positions)
-    options = {
+    options: dict[str, MAEOptions | SupervisedOptions] = {
         "mae": MAEOptions(decoder_width=8, decoder_depth=1, decoder_heads=2),
         "tuned": SupervisedOptions(),
         "probe": SupervisedOptions(head="linear"),
-    }[kind]
-    return build_objective(model, options, make_geometry(AUDIO, "patch", (8, patch_t)), 3)
+    }
+    return build_objective(model, options[kind], make_geometry(AUDIO, "patch", (8, patch_t)), 3)
 
 
 def by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

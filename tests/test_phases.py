@@ -28,8 +28,9 @@ runs = st.lists(options, min_size=1, max_size=4)
 
 
 def curriculum(phases: list[PhaseOptions], flops: float = 1.0) -> Curriculum:
+    costs = [flops] * len(phases)
     return make_curriculum(
-        phases, num_clips=NUM_CLIPS, lr=1e-3, mask_ratio=0.75, mask_shape="uniform", flops_per_clip=[flops] * len(phases)
+        phases, num_clips=NUM_CLIPS, lr=1e-3, mask_ratio=0.75, mask_shape="uniform", flops_per_clip=costs
     )
 
 
@@ -43,7 +44,7 @@ def test_every_step_stands_in_exactly_one_phase(phases: list[PhaseOptions]) -> N
         assert inside == [place.index] == [place.phase.index]
         assert place.t == (step - place.phase.first_step) / place.phase.steps < 1
     assert (places[-1].index, places[-1].t, places[-1].u) == (len(phases) - 1, 1.0, 1.0)
-    assert places[0][2:] == (0.0, 0.0)
+    assert (places[0].t, places[0].u) == (0.0, 0.0)
     for before, after in pairwise(places):
         assert after.index - before.index in (0, 1) and after.u > before.u
         assert after.t == 0 if after.index > before.index else after.t > before.t

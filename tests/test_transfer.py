@@ -168,7 +168,7 @@ def test_learned_positions_are_resized_and_said_so() -> None:
     ],
 )
 @pytest.mark.parametrize("compression", ["frame_shift", "patch"])
-def test_an_encoder_that_does_not_fit_is_an_error(compression: Compression, change: dict[str, Any], tensor: str) -> None:
+def test_an_encoder_that_does_not_fit_is_refused(compression: Compression, change: dict[str, Any], tensor: str) -> None:
     source, target = pair(compression)
     changed = MODEL.model_copy(update=change)
     for model, wanted in ((MODEL, changed), (changed, MODEL)):

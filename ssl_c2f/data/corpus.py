@@ -87,7 +87,7 @@ class Corpus:
                 source, range(len(self.manifest.clips)), plain.log_mel, self.options.cache_gb, self.progress
             )
         cached = self._sources[digest]
-        return Source(self.manifest, geometry, cached.cache)
+        return Source(self.manifest, geometry, cached.cache, cached.damaged)
 
     def forget(self) -> None:
         """Drop the cached spectrograms."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -85,6 +85,7 @@ class Source:
     manifest: Manifest
     geometry: Geometry
     cache: dict[int, Tensor] = field(default_factory=dict)  # clip -> (T, F) log-mel of the whole recording, unpooled
+    damaged: dict[int, AudioError] = field(default_factory=dict)  # why clips are missing from the cache
 
     def length(self, clip: int) -> int:
         """Samples of a clip at the geometry's rate, as its header says."""
@@ -103,6 +104,8 @@ class Source:
             AudioError: the file cannot be read.
         """
         g = self.geometry
+        if clip in self.damaged:  # samples of its good parts would not go with the others' spectrograms
+            raise AudioError(self.path(clip), self.damaged[clip].reason)  # anew: tracebacks grow
         if clip in self.cache:
             num_frames = g.raw_frames(g.clip_samples)
             frames = self.cache[clip][start // g.hop : start // g.hop + num_frames]
@@ -132,29 +135,32 @@ def fill_cache(
     """The source with the spectrograms of `clips` in memory, or unchanged if they do not fit.
 
     Args:
-        log_mel: (1, S) -> (1, T, F) without pooling. Files that it cannot be had of are left to be found by `crop`.
+        log_mel: (1, S) -> (1, T, F) without pooling. Why it cannot be had of a file is kept, for `crop` to raise.
     """
     clips, g = sorted(clips), source.geometry
     if sum(g.raw_frames(source.length(clip)) for clip in clips) * g.num_mels * 4 > gigabytes * 1e9:
         return source
 
-    def compute(clip: int) -> Tensor | None:
+    def compute(clip: int) -> Tensor | AudioError:
         try:
             waveform = read_audio(source.path(clip), g.sample_rate)[None]
-        except AudioError:
-            return None
+        except AudioError as error:
+            return error
         starts = range(0, g.raw_frames(waveform.shape[1]), _CHUNK)
         chunks = [waveform[:, s * g.hop : (s + _CHUNK - 1) * g.hop + g.window] for s in starts]
         return torch.cat([log_mel(chunk)[0] for chunk in chunks])
 
     cache: dict[int, Tensor] = {}
+    damaged: dict[int, AudioError] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (clip, spec) in enumerate(zip(clips, pool.map(compute, clips), strict=True), 1):
-            if spec is not None:
+            if isinstance(spec, AudioError):
+                damaged[clip] = spec
+            else:
                 cache[clip] = spec
             if progress:
                 progress(done, len(clips))
-    return Source(source.manifest, g, cache)
+    return Source(source.manifest, g, cache, damaged)
 
 
 BadItems = tuple[tuple[str, str], ...]  # (path, reason) of a batch of which nothing could be read
@@ -256,12 +262,12 @@ def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
     )
 
 
-def make_loader(dataset: Dataset[Item], batches: Iterable[Sequence[int]], workers: int) -> DataLoader[Items]:
+def make_loader(dataset: Dataset[Any], batches: Iterable[Any], workers: int) -> DataLoader[Items]:
     """A loader that leaves the global generator alone (torch's own draws its workers' seed from it)."""
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
-    )  # type: ignore[call-overload, no-any-return]
+    )
 
 
 def in_batches(count: int, size: int) -> list[range]:

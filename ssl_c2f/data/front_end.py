@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ class Items:
     bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of files that could not be read and were replaced
 
     def to(self, device: torch.device) -> Items:
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved, partner=self.partner and self.partner.to(device))
 
 
@@ -93,7 +96,8 @@ class FrontEnd(nn.Module):
         """(B, S) -> (B, T, F) before pooling; what comes as (B, T, F) is that already."""
         if audio.ndim == 3:
             return audio
-        return self.fbank(F.pad(audio, (0, max(0, self.geometry.window - audio.shape[1]))))
+        spec: Tensor = self.fbank(F.pad(audio, (0, max(0, self.geometry.window - audio.shape[1]))))
+        return spec
 
     def spectrogram(self, audio: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S) or (B, T, F), (B,) -> log-mel (B, T, F) compressed but not normalised, and (B,) its real frames."""
@@ -127,10 +131,7 @@ class FrontEnd(nn.Module):
         batch = Batch(spec, num_frames, items.index, items.keys, labels, g, short)
         if masking is None:
             return batch
-        masks = tuple(
-            draw_mask(
-                draws.key(items.keys, "mask", view), g.grid, g.tokens_t(num_frames), masking.shape, masking.ratio, masking.size
-            )
-            for view in range(masking.views)
-        )
+        m, columns = masking, g.tokens_t(num_frames)
+        keys = (draws.key(items.keys, "mask", view) for view in range(m.views))
+        masks = tuple(draw_mask(key, g.grid, columns, m.shape, m.ratio, m.size) for key in keys)
         return replace(batch, masks=masks)

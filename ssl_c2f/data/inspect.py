@@ -77,6 +77,7 @@ def _say(found: Manifest) -> None:
     folds = sorted({clip.fold for clip in found.clips if clip.fold is not None})
     print(
         f"{len(found.clips)} recordings, {sum(seconds) / 3600:.2f} h in all, {seconds[0]:.2f} to {seconds[-1]:.2f} s, "
-        f"median {seconds[len(seconds) // 2]:.2f} s; {', '.join(f'{n} at {rate} Hz' for rate, n in rates.most_common())}; "
+        f"median {seconds[len(seconds) // 2]:.2f} s; "
+        f"{', '.join(f'{n} at {rate} Hz' for rate, n in rates.most_common())}; "
         f"{len(found.classes)} labels; folds {folds or 'none'}; {len(found.bad)} unreadable"
     )

@@ -42,7 +42,8 @@ class Decoder(nn.Module):
         x, mask = torch.cat([cls, x], dim=1), attention_mask(valid)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
-        return self.to_patch(self.norm(x[:, 1:]))
+        patches: Tensor = self.to_patch(self.norm(x[:, 1:]))
+        return patches
 
 
 def decoder_cost(

@@ -43,4 +43,5 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """(B, 1 + K, D) -> logits (B, C)."""
-        return self.classifier(self.norm(read_out(tokens, valid, self.readout)))
+        logits: Tensor = self.classifier(self.norm(read_out(tokens, valid, self.readout)))
+        return logits

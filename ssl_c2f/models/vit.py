@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -64,8 +63,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def attention_mask(valid: Tensor | None, prefix: int = 1) -> Tensor | None:
-    """(B, K) bool -> (B, 1, 1, prefix + K), what attention adds to its scores: nobody attends to padding. None if nothing
-    is padded. (A mask of bools means the same to fused attention, but timm's other one would add them up.)"""
+    """(B, K) bool -> (B, 1, 1, prefix + K) to add to attention's scores: nobody attends to padding. None if none is.
+
+    Fused attention takes a mask of bools too, but where it is switched off, timm would add those as ones.
+    """
     if valid is None:
         return None
     padding = ~nn.functional.pad(valid, (prefix, 0), value=True)[:, None, None]
@@ -76,7 +77,7 @@ def position_table(geometry: Geometry, width: int, kind: Positions) -> Tensor:
     """(N, D): a buffer that transfer regenerates (sincos) or a parameter that transfer interpolates (learned)."""
     if kind == "sincos":
         return sincos_positions(geometry, width)
-    return nn.Parameter(trunc_normal_(torch.empty(geometry.num_tokens, width), std=0.02))
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(geometry.num_tokens, width), std=0.02))
 
 
 class Encoder(nn.Module):
@@ -114,7 +115,8 @@ class Encoder(nn.Module):
         mask = attention_mask(valid)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
-        return self.norm(x)
+        encoded: Tensor = self.norm(x)
+        return encoded
 
 
 def encoder_cost(options: EncoderOptions, geometry: Geometry, kept: int, passes: float = 3.0) -> list[cost.Part]:

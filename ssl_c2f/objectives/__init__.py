@@ -1,4 +1,4 @@
-"""Objectives: an encoder and its heads, from a batch to a loss. Adding one is one file, and one line in each place here."""
+"""Objectives: an encoder and its heads, from a batch to a loss. Adding one is one file, and a line in each place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def build_objective(
 
 
 def objective_cost(
-    model: EncoderOptions, options: MAEOptions | SupervisedOptions, geometry: Geometry, mask_ratio: float, num_classes: int
+    model: EncoderOptions, options: MAEOptions | SupervisedOptions, geometry: Geometry, mask_ratio: float,
+    num_classes: int,
 ) -> list[cost.Part]:
     """Costs of one clip in one training step."""
     match options:

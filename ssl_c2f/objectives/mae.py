@@ -85,7 +85,7 @@ class MAE(nn.Module):
         views = {
             "input": patches,
             "kept": patches.masked_fill(masked, torch.nan),
-            "reconstruction": torch.where(masked, predictions.float(), targets if self.options.norm_targets else patches),
+            "reconstruction": torch.where(masked, predictions.float(), targets),
         }
         return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
 

@@ -53,7 +53,8 @@ class Supervised(nn.Module):
         """(B, C)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return self.head(tokens, batch.valid).float()
+        logits: Tensor = self.head(tokens, batch.valid)
+        return logits.float()
 
     def forward(self, batch: Batch) -> StepResult:
         logits, labels = self.logits(batch), batch.labels

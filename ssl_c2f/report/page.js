@@ -105,7 +105,7 @@ function drawCurve(svg, name, width) {
       return `${runs.length > 1 ? run.name + " " : ""}${number(c.y[i] * percent)}${percent > 1 ? " %" : ""}`;
     });
     const band = runs[0].bands.find((b) => value <= b[x]);
-    return `${number(value / divisor)} ${unit}${band ? `, ${band.name}` : ""}: ${values.join(" · ")}`;
+    return `${number(value / divisor)}${unit && " "}${unit}${band ? `, ${band.name}` : ""}: ${values.join(" · ")}`;
   };
   const inverse = (pixel) => Math.min(Math.max((pixel - left) / (width - left - right), 0), 1) * most;
   return { at, inverse, stops: runs[0].curves[name][x], hide: () => cursor.setAttribute("visibility", "hidden") };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ def write_page(runs: Sequence[Path], out: Path) -> Path:
 def render(runs: Sequence[RunData]) -> str:
     here = Path(__file__).parent
     title = " · ".join(run.name for run in runs)
-    data = json.dumps(figures(runs), allow_nan=False).replace("<", "\\u003c")
+    drawn = figures(runs)
+    data = json.dumps(drawn, allow_nan=False).replace("<", "\\u003c")
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -39,15 +40,16 @@ def render(runs: Sequence[RunData]) -> str:
         f'<link rel=icon href="data:,"><title>{escape(title)}</title>'
         f"<style>{(here / 'page.css').read_text(encoding='utf-8')}</style></head>\n<body>"
         f"<main><header class=top><p>ssl_c2f</p><h1>{escape(title)}</h1></header>\n"
-        + "\n".join(part for part in _sections(runs) if part)
+        + "\n".join(part for part in _sections(runs, drawn) if part)
         + f'</main>\n<script type="application/json" id=data>{data}</script>\n'
         f"<script>{(here / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
 
 
-def _sections(runs: Sequence[RunData]) -> list[str]:
+def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
     """In reading order: what came out, how it got there, what it was made with."""
-    curves = _figure_places(CURVES, runs)
+    there = {name for run in drawn["runs"] for name in run["curves"]}
+    curves = "".join(figure("curve", *place) for place in CURVES if place[0] in there)
     return [
         s.section("overview", "At a glance", s.overview(runs)),
         s.section("missing", "What is missing", s.missing_section(runs)),
@@ -55,7 +57,7 @@ def _sections(runs: Sequence[RunData]) -> list[str]:
         s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
         s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
                   "The same clips at the end of every phase: its input, what of it was kept, and the reconstruction."),
-        s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(runs)),
+        s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(drawn["matrices"])),
         s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
         s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
         s.section("config", "Options", s.config_section(runs)),
@@ -107,11 +109,6 @@ def figures(runs: Sequence[RunData]) -> dict[str, Any]:
     return {"runs": curves, "figures": kinds, "matrices": _matrices(runs)}
 
 
-def _figure_places(places: Sequence[tuple[str, str, str]], runs: Sequence[RunData]) -> str:
-    there = {name for run in runs for name, column in _columns(run).items() if curve(run.log, column, 1)}
-    return "".join(figure("curve", name, title, note) for name, title, note in places if name in there)
-
-
 def figure(kind: str, name: str, title: str, note: str) -> str:
     """An empty figure that the script draws into."""
     return (
@@ -148,10 +145,10 @@ def _matrices(runs: Sequence[RunData]) -> dict[str, Any]:
     return found
 
 
-def _matrix_places(runs: Sequence[RunData]) -> str:
+def _matrix_places(matrices: Mapping[str, Any]) -> str:
     places = "".join(
         figure("matrix", name, f"Confusion matrix, {name}", "Rows: what it is. Columns: what was predicted.")
         + figure("bars", name, f"Recall per class, {name}", "Share of each class that was recognised.")
-        for name in _matrices(runs)
+        for name in matrices
     )
     return places and f"<div class=figures>{places}</div>"

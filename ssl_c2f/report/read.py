@@ -77,13 +77,13 @@ class RunData:
     @property
     def probe(self) -> str | None:
         """The metric of validation that is a score, if there is one."""
-        names = [name for name in self.log.names() if name.startswith("val/") and "loss" not in name]
+        names = [name for name in self.log.names if name.startswith("val/") and "loss" not in name]
         preferred = [n for n in names if n.endswith(("accuracy", "map"))]
         return next(iter(preferred or names), None)
 
     @property
     def validation_loss(self) -> str | None:
-        return next((name for name in self.log.names() if name.startswith("val/") and "loss" in name), None)
+        return next((name for name in self.log.names if name.startswith("val/") and "loss" in name), None)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Log:
 
     records: list[dict[str, Any]]
     broken: int = 0  # lines that are no JSON objects, such as the last one of a run that was killed
+    _columns: dict[str, Column] = field(default_factory=dict)
 
     @cached_property
     def phases(self) -> list[str]:
@@ -36,9 +37,12 @@ class Log:
 
     def column(self, name: str) -> Column:
         """(records,) values; NaN where a record has no such number."""
-        values = (record.get(name) for record in self.records)
-        return np.array([v if _is_number(v) else np.nan for v in values], dtype=np.float64)
+        if name not in self._columns:
+            values = (record.get(name) for record in self.records)
+            self._columns[name] = np.array([v if _is_number(v) else np.nan for v in values], dtype=np.float64)
+        return self._columns[name]
 
+    @cached_property
     def names(self) -> list[str]:
         """All metrics of any record."""
         return list(dict.fromkeys(name for record in self.records for name in record))
