@@ -40,6 +40,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("launch.py: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return 141
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--run-dir", type=Path, default=None, help="the run's folder, which all nodes must see")
     sub.add_argument("--cluster", choices=("auto", "slurm", "local", "debug"), default="auto", help=CLUSTER)
     sub.add_argument("--nodes", type=int, default=1)
-    sub.add_argument("--ngpus", type=int, default=1, help="GPUs of a node, a process for each; 0: one process, on the CPU")
+    sub.add_argument("--ngpus", type=int, default=1, help="GPUs of a node, a process for each; 0: the CPU")
     sub.add_argument("--cpus-per-task", type=int, default=8)
     sub.add_argument("--mem", default=None, help="of a node, such as 64GB")
     sub.add_argument("--timeout", type=int, default=24 * 60, help="minutes; a job that needs more is requeued")
@@ -74,7 +76,7 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-timeouts", type=int, default=30, help="how often a job is requeued at its time limit")
     for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mail-user", "mail-type"):
         sub.add_argument(f"--{name}", default=None, help="as sbatch has it")
-    sub.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell lines before the job: 'module load x'")
+    sub.add_argument("--setup", action="append", default=[], metavar="LINE", help="before the job: 'module load x'")
     sub.add_argument("--srun-args", default="", metavar="'--x --y=1'", help="more arguments for srun")
     sub.add_argument("--python", default=None, metavar="COMMAND", help="such as 'apptainer exec --nv image.sif python'")
     sub.add_argument("--snapshot", action="store_true", help="jobs use a copy of the code as it is now")

@@ -19,7 +19,12 @@ CONFIG_HELP = "a YAML file or the name of a shipped config, then overrides such 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake (told in one line), 128 + N for signal N."""
-    arguments = parser().parse_args(words)
+    arguments, more = parser().parse_known_args(words)
+    if wrong := [word for word in more if word.startswith("-") or not hasattr(arguments, "words")]:
+        print(f"ssl_c2f: unknown argument {wrong[0]} (see ssl_c2f {arguments.command} --help)", file=sys.stderr)
+        return 2
+    if more:  # argparse takes overrides before or behind a flag, but not on both sides of it
+        arguments.words += more
     try:
         status = arguments.run(arguments)
     except UserError as error:
@@ -94,13 +99,14 @@ def parser() -> argparse.ArgumentParser:
         words_of(sub, "CONFIG [KEY=VALUE ...]" if name != "diff" else "CONFIG CONFIG")
     sub = command("data", _data_manifest, "look at recordings before training on them")
     kinds = sub.add_subparsers(dest="kind", required=True, metavar="manifest|check|stats")
-    for name, run, help in (
+    looks: tuple[tuple[str, Callable[[argparse.Namespace], int | None], str], ...] = (
         ("manifest", _data_manifest, "write a list of recordings with labels and folds"),
         ("check", _data_check, "decode every recording whole and name the bad ones"),
         ("stats", _data_stats, "durations, rates and labels; mean and deviation per geometry"),
-    ):
+    )
+    for name, look, help in looks:
         sub = kinds.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=look)
         words_of(sub, "data.root=FOLDER and other options KEY=VALUE")
         if name == "manifest":
             sub.add_argument("--out", type=Path, required=True, metavar="FILE.csv|FILE.jsonl")
@@ -118,7 +124,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     from ssl_c2f.summary import print_summary
 
     command: str = arguments.command
-    model = config.PretrainOptions if command == "pretrain" else config.TrainOptions
+    model: type[config.FolderOptions] = config.PretrainOptions if command == "pretrain" else config.TrainOptions
     options, name = config.read(command, model, arguments.words)
     path = Path(options.run_dir or f"runs/{name}")
     engine.run(options, path, kind=command)

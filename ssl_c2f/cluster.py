@@ -1,4 +1,4 @@
-"""Slurm and its stand-ins: what a job asks for, its batch script, putting it into the queue, and what the queue says."""
+"""Slurm and its stand-ins: what a job asks for, its batch script, putting it into the queue, what the queue says."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def submit(
 
 
 def start_here(cluster: str, resources: Resources, folder: Path, job: Job) -> submitit.Job[None]:
-    """Start a job on this machine: `local` in processes of its own, `debug` in this one once its result is asked for."""
+    """Start a job on this machine: `local` in its own processes, `debug` in this one when its result is asked for."""
     if cluster == "debug":
         return submitit.DebugExecutor(folder).submit(job)
     executor = submitit.LocalExecutor(folder, resources.max_timeouts, python=resources.python)
@@ -155,7 +155,8 @@ def settled(ids: Collection[str]) -> dict[str, str]:
     until = time.monotonic() + _ENDING_SECONDS
     while "COMPLETING" in (found := active(ids)).values():
         if time.monotonic() > until:
-            raise UserError(f"job {next(i for i, s in found.items() if s == 'COMPLETING')} does not end; try again later")
+            late = next(number for number, state in found.items() if state == "COMPLETING")
+            raise UserError(f"job {late} does not end; try again later")
         time.sleep(0.5)
     return found
 
@@ -204,4 +205,4 @@ def _reason(text: str) -> str:
 
 
 def _last(text: str) -> str:
-    return ([""] + text.strip().splitlines())[-1]
+    return next(reversed(text.strip().splitlines()), "")

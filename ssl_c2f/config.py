@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
@@ -17,10 +16,14 @@ from ssl_c2f.recipe import RunOptions
 DEFAULT = {"pretrain": "pretrain/mae_c2f", "train": "train/vit_c2f", "finetune": "finetune/default"}
 
 
-class PretrainOptions(RunOptions):
-    """`ssl_c2f pretrain`."""
+class FolderOptions(RunOptions):
+    """A run with a folder of its own."""
 
     run_dir: str | None = Field(None, description="the run's folder; runs/CONFIG by default; given again, it resumes")
+
+
+class PretrainOptions(FolderOptions):
+    """`ssl_c2f pretrain`."""
 
     @model_validator(mode="after")
     def _masked(self) -> PretrainOptions:
@@ -29,10 +32,8 @@ class PretrainOptions(RunOptions):
         return self
 
 
-class TrainOptions(RunOptions):
+class TrainOptions(FolderOptions):
     """`ssl_c2f train`."""
-
-    run_dir: str | None = Field(None, description="the run's folder; runs/CONFIG by default; given again, it resumes")
 
     @model_validator(mode="after")
     def _supervised(self) -> TrainOptions:

@@ -34,7 +34,7 @@ from ssl_c2f.tracking import TrackingOptions
 SECONDS = 2.0  # of a clip
 UNLABELLED, LABELLED = 50, 25  # clips of each class
 EPOCHS = (48.0, 20.0, 14.0)  # coarse, middle, fine
-TUNING_EPOCHS = 12.0
+TUNING_EPOCHS = 12.0  # coarse, and a third of it fine
 TEST_FOLD = 1
 
 AUDIO = AudioOptions(clip_seconds=SECONDS, num_mels=64)
@@ -89,7 +89,10 @@ def finetune_options(folder: Path, name: str, epochs: float = TUNING_EPOCHS) -> 
         data=DataOptions(root=str(folder / "sounds" / "labelled")), audio=AUDIO, model=MODEL,
         augment=AugmentOptions(freq_mask=8, time_mask_seconds=0.2),
         optim=OptimOptions(lr=1e-3, layer_decay=0.75, betas=(0.9, 0.999)),
-        phases=(PhaseOptions(name="finetune", epochs=epochs, batch_size=32, warmup_epochs=min(2.0, epochs / 4)),),
+        phases=(
+            PhaseOptions(name="coarse", epochs=epochs, time_factor=2, batch_size=32, warmup_epochs=epochs / 6),
+            PhaseOptions(name="fine", epochs=epochs / 3, time_factor=1, batch_size=32, lr=5e-4),
+        ),
         evaluation=EvaluationOptions(batch_size=60), train=TrainOptions(log_every=5),
         tracking=TrackingOptions(wandb="off"),
     )

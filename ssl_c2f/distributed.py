@@ -70,8 +70,8 @@ class Dist:
 def init(device: str = "auto", timeout_minutes: float = 30.0) -> Dist:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or be a process alone.
 
-    `device` is "cpu", "cuda" or "auto" for CUDA where there is any. Joining again is free. A process that waits for another longer than
-    `timeout_minutes` fails instead of hanging.
+    `device` is "cpu", "cuda" or "auto" for CUDA where there is any. Joining again is free. A process that waits for
+    another longer than `timeout_minutes` fails instead of hanging.
     """
     rank, world, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -30,6 +30,7 @@ from ssl_c2f.geometry import Geometry
 from ssl_c2f.objectives import StepResult
 from ssl_c2f.options import UserError
 from ssl_c2f.phases import Phase, Place, learning_rate
+from ssl_c2f.pictures import save_pictures
 from ssl_c2f.progress import Progress
 from ssl_c2f.recipe import RunOptions, make_plan
 from ssl_c2f.run import RunFolder, write_text
@@ -62,7 +63,7 @@ class Step:
 def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], front_end: FrontEnd) -> Step:
     """One step of the optimiser over the device's share of the global batch, in micro-batches."""
     o, device, phase = run.options, run.dist.device, place.phase
-    lr = learning_rate(place, min_lr_ratio=o.optim.min_lr_ratio, schedule=o.optim.schedule)
+    lr = learning_rate(place, o.optim.schedule)
     optim.set_learning_rate(t.optimizer, lr)
     torch.manual_seed(draws.seed(o.seed, t.step, run.dist.rank, "step"))  # drop path draws from torch's own generator
     sizes = micro_batches(phase.batch_size // run.dist.world, o.train.max_batch_per_device)
@@ -140,6 +141,9 @@ def train_phase(run: Run, phase: Phase) -> None:
         tracker = make_tracker(run, phase, t.step, progress.note)
         try:
             _train(run, phase, t, tracker, progress)
+            if run.dist.is_main and t.objective.views:
+                masking = run.options.masking(phase, t.objective)
+                save_pictures(run.phase_folder(phase).pictures, t.objective, run.corpus, masking, run.dist.device)
         finally:
             if tracker:
                 with contextlib.suppress(OSError):  # a full disk, of which its `log` has told

@@ -60,6 +60,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     if seen:
         print(f"note: the model was trained on {seen} of these {len(labelled)} recordings")
     name = data_name(options.data) + "".join(f"-fold-{fold}" for fold in options.folds)
+    name += "-trained" if options.resolution == "trained" else ""
     folder = Path(options.out) if options.out else run_of(model.weights) / "evaluation" / name
     result = write_scores(
         folder, [corpus.manifest.clips[i].path for i in found.tolist()], scores,

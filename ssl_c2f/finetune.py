@@ -15,6 +15,7 @@ from ssl_c2f import distributed, engine, metrics
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import split
 from ssl_c2f.evaluate import print_scores, write_scores
+from ssl_c2f.inference import run_of
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.options import UserError
 from ssl_c2f.recipe import RunOptions
@@ -28,7 +29,7 @@ class FinetuneOptions(RunOptions):
 
     run_dir: str | None = Field(None, description="by default RUN/finetune/NAME")
     name: str = Field("default", pattern=r"^[A-Za-z0-9_.-]+$")
-    folds: Literal["auto"] | tuple[int, ...] = Field("auto", description="folds to hold out in turn; auto: all there are")
+    folds: Literal["auto"] | tuple[int, ...] = Field("auto", description="folds to hold out in turn; auto: all")
     weights: Which = Field("auto", description="auto: the moving average where there is one")
     statistics: Literal["checkpoint", "measure"] = Field("checkpoint", description="whose mean and deviation")
     from_scratch: bool = Field(False, description="the same network with random weights: what pretraining is worth")
@@ -57,7 +58,7 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     weights, stop = load_weights(ckpt, options.weights), stop or Stop()
     if options.statistics == "measure":
         weights = replace(weights, statistics={})
-    folder = Path(options.run_dir) if options.run_dir else _run_of(weights) / "finetune" / options.name
+    folder = Path(options.run_dir) if options.run_dir else run_of(weights) / "finetune" / options.name
     everything = Corpus.open(options.data, options.seed, folder)
     scored: dict[int | None, tuple[Tensor, Tensor]] = {}
     for fold in _folds(options, everything):
@@ -66,7 +67,8 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         part = options.model_copy(update={"data": data})
         training, held_out = split(everything.manifest, data)
         corpus = replace(
-            everything, training=training, held_out=held_out, folder=path, given=dict(weights.statistics), _statistics={}
+            everything, training=training, held_out=held_out, folder=path, given=dict(weights.statistics),
+            _statistics={},
         )
         initial = None if options.from_scratch else weights
         engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune")
@@ -75,12 +77,6 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     if scored:
         _report(folder, everything, scored, weights, options)
     return folder
-
-
-def _run_of(weights: Weights) -> Path:
-    """The run folder of a checkpoint: runs/NAME of runs/NAME/phases/0-coarse/checkpoints/step-00000001."""
-    step = Path(weights.origin)
-    return step.parents[3] if step.parents[2].name == "phases" else step
 
 
 def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:

@@ -67,7 +67,8 @@ def parts_of(run: Path) -> list[Part]:
         error = failures[0]["error"] if failures and job["id"] not in queue else ""
         rank = failures[0]["rank"] if failures else 0
         log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
-        parts.append(Part(run, name, job["id"], log, state, error, max(len(starts) - 1, 0), *_pace(name, plan, metrics)))
+        requeues = max(len(starts) - 1, 0)
+        parts.append(Part(run, name, job["id"], log, state, error, requeues, *_pace(name, plan, metrics)))
     return parts
 
 

@@ -143,9 +143,8 @@ def _pipeline(arguments: argparse.Namespace, resources: Resources) -> Work:
     given = options.model_dump(mode="json")
     defaults = {key: given[key] for key in ("audio", "model", "compression")}
     shared = [word for word in words if word.startswith("data.") and not word.startswith("data.val_")]
-    tuning, _ = config.read(
-        "finetune", FinetuneOptions, [arguments.finetune_config or config.DEFAULT["finetune"], *shared, *tuned], defaults
-    )
+    file = arguments.finetune_config or config.DEFAULT["finetune"]
+    tuning, _ = config.read("finetune", FinetuneOptions, [file, *shared, *tuned], defaults)
     after = _finetuning(tuning, path / "finetune" / tuning.name, path, resources)
     chain = [*schedule.phases_of("pretrain", options, path), *after.chains[0]]
     return Work(path, [chain], [(options, schedule.config_of(path)), *after.configs])

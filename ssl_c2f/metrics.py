@@ -23,7 +23,7 @@ def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float
     share, spread = right / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ def score(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def knn_scores(queries: Tensor, bank: Tensor, labels: Tensor, k: int = 10, temperature: float = 0.1) -> Tensor:
     """(n, C) votes of the k nearest features by cosine similarity, weighted by exp(similarity / temperature).
 
-    The weighting of Wu et al., CVPR 2018, for any number of labels per clip. queries: (n, D); bank: (m, D); labels: (m, C).
+    The weighting of Wu et al., CVPR 2018, for any number of labels per clip. queries: (n, D); bank: (m, D); labels:
+    (m, C).
     """
     similarity = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
     nearest, index = similarity.topk(min(k, len(bank)), dim=1)

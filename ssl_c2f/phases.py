@@ -30,6 +30,7 @@ class PhaseOptions(Options):
     time_factor: int = Field(1, ge=1, description="how many times coarser in time than the fine phase")
     batch_size: int = Field(64, ge=1, description="global: over all devices and accumulation steps")
     lr: float | None = Field(None, gt=0)
+    min_lr_ratio: float | None = Field(None, ge=0, le=1, description="where the phase's cosine ends, as a share of lr")
     warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up; give warmup_epochs or warmup_steps")
     warmup_steps: int | None = Field(None, ge=0)
     mask_ratio: float | None = Field(None, gt=0, lt=1)
@@ -59,6 +60,7 @@ class Phase:
     batch_size: int
     time_factor: int
     lr: float
+    min_lr_ratio: float
     warmup_steps: int
     mask_ratio: float
     mask_shape: Shape
@@ -111,14 +113,14 @@ class Curriculum:
 
 
 def make_curriculum(
-    options: Sequence[PhaseOptions], *, num_clips: int, lr: float, mask_ratio: float, mask_shape: Shape,
+    options: Sequence[PhaseOptions], *, num_clips: int, lr: float, min_lr_ratio: float, mask_ratio: float, mask_shape: Shape,
     flops_per_clip: Sequence[float],
 ) -> Curriculum:
     """Turn lengths in epochs, steps, samples or FLOPs into steps: the nearest number of them, at least one.
 
     Args:
         num_clips: clips of an epoch.
-        lr, mask_ratio, mask_shape: what phases take that set none.
+        lr, min_lr_ratio, mask_ratio, mask_shape: what phases take that set none.
         flops_per_clip: training cost of one clip in each phase.
     """
     phases: list[Phase] = []
@@ -136,6 +138,7 @@ def make_curriculum(
             Phase(
                 index=index, name=option.name, first_step=first_step, steps=steps, first_sample=first_sample,
                 batch_size=option.batch_size, time_factor=option.time_factor, lr=option.lr or lr,
+                min_lr_ratio=min_lr_ratio if option.min_lr_ratio is None else option.min_lr_ratio,
                 warmup_steps=min(warmup, steps), mask_ratio=option.mask_ratio or mask_ratio,
                 mask_shape=option.mask_shape or mask_shape,
             )
@@ -145,9 +148,7 @@ def make_curriculum(
     return Curriculum(tuple(phases))
 
 
-def learning_rate(
-    place: Place, *, min_lr_ratio: float = 0.0, schedule: Literal["cosine", "constant"] = "cosine"
-) -> float:
+def learning_rate(place: Place, schedule: Literal["cosine", "constant"] = "cosine") -> float:
     """Linear warm-up from the first step on, then a half cosine down to `min_lr_ratio` of the peak; each phase anew."""
     phase, done = place.phase, round(place.t * place.phase.steps)
     if done < phase.warmup_steps:
@@ -155,4 +156,4 @@ def learning_rate(
     if schedule == "constant":
         return phase.lr
     t = (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
-    return phase.lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * t)))
+    return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * t)))

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.dataset import spread
 from ssl_c2f.data.decode import AudioError, read_audio
 from ssl_c2f.data.front_end import Batch, Masking
 from ssl_c2f.geometry import Geometry
@@ -95,9 +96,7 @@ def film_strip(objective: Objective, batch: Batch) -> dict[str, bytes]:
 
 def chosen_clips(corpus: Corpus, count: int = 3) -> list[int]:
     """The same few clips in every phase, spread over the held-out ones (all, where none are)."""
-    clips = corpus.held_out or corpus.training
-    count = min(count, len(clips))
-    return [clips[(2 * i + 1) * len(clips) // (2 * count)] for i in range(count)]
+    return list(spread(corpus.held_out or corpus.training, count))
 
 
 def save_pictures(

@@ -48,7 +48,8 @@ def print_plan(options: RunOptions, *, clips: int | None = None, measure: bool =
     print(f"rehearsal: {plan.rehearsal_pflops:.3g} PFLOPs, not in the total")
     for phase in plan.phases:
         parts = ", ".join(f"{name} {flops:.3g}" for name, flops in phase.parts.items())
-        print(f"{phase.name}: GFLOPs per clip and step: {parts}; about {phase.activation_mb_per_clip:.1f} MB of activations")
+        memory = f"about {phase.activation_mb_per_clip:.1f} MB of activations"
+        print(f"{phase.name}, per clip: GFLOPs of a step: {parts}; {memory}")
     if measure:
         _measure(options, clips, num_classes)
 
@@ -63,7 +64,8 @@ def _measure(options: RunOptions, clips: int, num_classes: int) -> None:
     rows = [_measured(run, phase) for phase in run.curriculum.phases]
     hours = sum(float(row[-1]) for row in rows)
     columns = ("phase", "clips at a time", "ms per clip", "GFLOP/s", "peak memory", "hours")
-    table(f"measured on one {dist.device.type}, median of {_ROUNDS} steps", columns, [*rows, ("total", *[""] * 4, f"{hours:.2f}")])
+    rows.append(("total", *[""] * 4, f"{hours:.2f}"))
+    table(f"measured on one {dist.device.type}, median of {_ROUNDS} steps", columns, rows)
 
 
 def _measured(run: Run, phase: Phase) -> Sequence[str]:
@@ -80,6 +82,10 @@ def _measured(run: Run, phase: Phase) -> Sequence[str]:
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[1:]) / size
     flops = run.costs(phase.index)[1]
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     hours = seconds * phase.steps * phase.batch_size / 3600
-    return phase.name, str(size), f"{1e3 * seconds:.3g}", f"{flops / seconds / 1e9:.3g}", f"{peak / 2**30:.2f} GiB", f"{hours:.2f}"
+    speed = f"{1e3 * seconds:.3g}", f"{flops / seconds / 1e9:.3g}"
+    return phase.name, str(size), *speed, f"{peak / 2**30:.2f} GiB", f"{hours:.2f}"

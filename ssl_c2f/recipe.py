@@ -107,8 +107,8 @@ class RunOptions(Options):
 
     def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
         return make_curriculum(
-            self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, mask_ratio=self.mask.ratio,
-            mask_shape=self.mask.shape,
+            self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, min_lr_ratio=self.optim.min_lr_ratio,
+            mask_ratio=self.mask.ratio, mask_shape=self.mask.shape,
             flops_per_clip=[cost.step_flops(self.parts(i, num_classes)) for i in range(len(self.phases))],
         )
 

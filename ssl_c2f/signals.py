@@ -51,8 +51,8 @@ class Stop:
 
 
 def _shield() -> None:
-    """In a forked child, that is a loader's worker: only its parent may end it. Ctrl-C in a terminal, torchrun and Slurm
-    signal it as well, and if it died of that it would take the run with it."""
+    """In a forked child, that is a loader's worker: only its parent may end it. A terminal, torchrun and Slurm signal
+    it as well, and if it died of that it would take the run with it."""
     if _caught:
         signal.pthread_sigmask(signal.SIG_BLOCK, _caught)
         threading.Thread(target=_heed_parent, args=(frozenset(_caught),), daemon=True).start()

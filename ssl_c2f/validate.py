@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_c2f import draws, metrics
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import in_batches, make_loader
+from ssl_c2f.data.dataset import in_batches, make_loader, spread
 from ssl_c2f.data.front_end import Batch, Items, Masking
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.models.heads import Readout
@@ -58,7 +58,7 @@ def validate(objective: Objective, options: RunOptions, corpus: Corpus, device: 
     result: dict[str, float] = {}
     o = options.evaluation
     if corpus.held_out:
-        clips = corpus.held_out[: o.max_clips]
+        clips = spread(corpus.held_out, o.max_clips)
         result |= _masked_loss(objective, options, corpus, clips, device) if objective.views else _labelled(
             objective, options, corpus, clips, device
         )
@@ -97,7 +97,7 @@ def clip_scores(
     """(n, C) scores of a supervised objective, averaged over each readable clip's windows, and (n,) which clips."""
     scores, index, frames = [], [], []
     for batch in batches(corpus, geometry, clips, device, batch_size):
-        scores.append(objective.scores(batch).cpu())  # type: ignore[union-attr]
+        scores.append(objective.scores(batch).cpu())  # type: ignore[union-attr, operator]
         index.append(batch.index.cpu())
         frames.append(batch.num_frames.cpu())
     _some(index, corpus)
@@ -109,7 +109,7 @@ def mean_by_clip(rows: Tensor, index: Tensor, frames: Tensor) -> tuple[Tensor, T
 
     A row counts as much as its (n,) real frames: what is left over at a recording's end has no equal say.
     """
-    found, place = index.unique(return_inverse=True)
+    found, place = torch.unique(index, return_inverse=True)
     weights = frames.to(rows.dtype)[:, None]
     total = torch.zeros(len(found), rows.shape[1], dtype=rows.dtype).index_add_(0, place, rows * weights)
     return total / torch.zeros(len(found), 1, dtype=rows.dtype).index_add_(0, place, weights), found
@@ -138,13 +138,13 @@ def _some(index: Sequence[Tensor], corpus: Corpus) -> None:
 def _knn(objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device) -> dict[str, float]:
     """Nearest neighbours among training clips; without held-out clips, each fold against the other folds."""
     o, clips = options.evaluation, corpus.manifest.clips
-    labelled = [i for i in corpus.training if clips[i].labels][: o.max_clips]
-    held_out = [i for i in corpus.held_out if clips[i].labels][: o.max_clips]
+    labelled = spread([i for i in corpus.training if clips[i].labels], o.max_clips)
+    held_out = spread([i for i in corpus.held_out if clips[i].labels], o.max_clips)
     folds = {clips[i].fold for i in labelled}
     if not labelled or not (held_out or (len(folds) > 1 and None not in folds)):
         return {}
     rows, index = features(
-        objective, corpus, options.fine_geometry, labelled + held_out, device, o.batch_size, per_clip=1
+        objective, corpus, options.fine_geometry, [*labelled, *held_out], device, o.batch_size, per_clip=1
     )
     labels = corpus.source(options.fine_geometry).labels[index]
     if held_out:

@@ -52,7 +52,9 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"--ckpt {path}: no such file or folder")
     if path.is_file():
         raise UserError(f"--ckpt {path}: not a checkpoint of ssl_c2f (no state.json beside it)")
-    raise UserError(f"--ckpt {path}: no checkpoint in it yet")
+    folds = sorted(folder.name for folder in path.glob("fold-*"))
+    hint = f"; choose one of its folds: {', '.join(folds)}" if folds else " yet"
+    raise UserError(f"--ckpt {path}: no checkpoint in it{hint}")
 
 
 def load_weights(path: Path, which: Which = "auto") -> Weights:

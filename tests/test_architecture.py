@@ -14,9 +14,9 @@ LEAVES = ("options", "checkpoint", "run", "tracking", "progress", "distributed",
 # A module imports only from those above it. A package is one entry: its modules may import each other, without cycles.
 ORDER = (
     "geometry", "phases", "cost", "spectrogram", "compress", "masking", "data", "models", "transfer", "objectives",
-    "optim", "metrics", "recipe", "weights", "validate", "training", "engine",
+    "optim", "metrics", "recipe", "weights", "validate", "pictures", "training", "engine",
     # things done with an engine or a run folder
-    "inference", "evaluate", "probe", "embed", "predict", "finetune", "config", "plan", "summary", "pictures", "report",
+    "inference", "evaluate", "probe", "embed", "predict", "finetune", "config", "plan", "summary", "report",
     "demo", "jobs", "cluster", "schedule", "jobstatus", "launching", "cli", "__main__",
 )
 

@@ -45,8 +45,9 @@ def torchrun(o: RunOptions, run: Path) -> list[list[str]]:
     """What each of two processes sees."""
     config = run.with_suffix(".yaml")
     config.write_text(options.dump(o))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, config, run]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, config, run], env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(Path(f"{run}-{rank}.json").read_text()) for rank in range(2)]
 

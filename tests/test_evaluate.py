@@ -93,6 +93,8 @@ def test_evaluate_writes_what_it_returns(classifier: Path, tones: Path, capsys: 
     assert result["clips"] == 3 and result["seen_in_training"] == 0 and result["classes"] == list(CLASSES)
     assert {row["path"] for row in read_csv(folder / "predictions.csv")} == {f"{name}/5-4-A.wav" for name in CLASSES}
     assert "note:" not in capsys.readouterr().out
+    evaluate(classifier, of(EvaluateOptions, tones, resolution="trained"))
+    assert (classifier / "evaluation" / "tones-trained" / "scores.json").exists()
 
 
 def test_evaluate_says_what_was_trained_on(

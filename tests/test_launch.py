@@ -85,8 +85,8 @@ def test_dry_run_needs_no_cluster_and_writes_nothing(
     status = launch(
         "pretrain", config, f"data.root={sounds}", "--run-dir", tmp_path / "run", "--cluster", "slurm", "--dry-run",
         "--nodes", 2, "--ngpus", 4, "--cpus-per-task", 6, "--mem", "64GB", "--timeout", 90, "--partition", "p",
-        "--account", "a", "--qos", "q", "--constraint", "c", "--exclude", "n1", "--mail-user", "me@x.org", "--mail-type",
-        "END", "--setup", "module load cuda", "--srun-args", "--container-image=i --x", "--grace", 77,
+        "--account", "a", "--qos", "q", "--constraint", "c", "--exclude", "n1", "--mail-user", "me@x.org",
+        "--mail-type", "END", "--setup", "module load cuda", "--srun-args", "--container-image=i --x", "--grace", 77,
     )
     assert status == 0
     printed = capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_dry_run_needs_no_cluster_and_writes_nothing(
 def test_seeds_and_sweeps_multiply(
     config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("pretrain", config, f"data.root={sounds}", "--run-dir", tmp_path / "run", "--cluster", "slurm", "--dry-run")
+    words = ("pretrain", config, f"data.root={sounds}", "--run-dir", tmp_path, "--cluster", "slurm", "--dry-run")
     assert launch(*words, "--seeds", "0,1", "--sweep", "mask.ratio=0.5,0.6,0.7") == 0
     printed = capsys.readouterr().out
     assert printed.count("#SBATCH --array=0-5%6") == 2
@@ -116,7 +116,7 @@ def test_seeds_and_sweeps_multiply(
 def test_pipeline_shows_all_of_its_parts(
     config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("pipeline", config, f"data.root={sounds}", "--run-dir", tmp_path / "run", "--cluster", "slurm", "--dry-run")
+    words = ("pipeline", config, f"data.root={sounds}", "--run-dir", tmp_path, "--cluster", "slurm", "--dry-run")
     assert launch(*words, "finetune.folds=[1,2,4]") == 0
     printed = capsys.readouterr().out
     for part in ("coarse", "fine", "fold-1, fold-2, fold-4", "scores"):
@@ -173,7 +173,8 @@ def test_usr2_asks_for_a_stop_and_leaves_the_rest_for_later() -> None:
 
 
 def test_two_launches_at_once_are_refused(tmp_path: Path) -> None:
-    with alone(tmp_path / "submitit"), pytest.raises(UserError, match="another launch of"), alone(tmp_path / "submitit"):
+    folder = tmp_path / "submitit"
+    with alone(folder), pytest.raises(UserError, match="another launch of"), alone(folder):
         pass
 
 
@@ -186,7 +187,6 @@ def test_local_runs_the_phases_one_after_the_other(config: Path, sounds: Path, t
     assert all((run / "phases" / name / "done").exists() for name in ("0-coarse", "1-fine"))
     again = subprocess.run(words, check=True, env=environment, timeout=120, capture_output=True, text=True)
     assert "nothing to submit" in again.stdout
-    words[-4] = f"data.root={sounds}"
     failed = subprocess.run(
         [*words, "phases.0.lr=1e30", "train.max_nonfinite=0", "--run-dir", str(tmp_path / "bad")],
         env=environment, timeout=120, capture_output=True, text=True,

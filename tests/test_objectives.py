@@ -205,6 +205,22 @@ def test_logits_depend_neither_on_padding_nor_on_batch_mates(num_samples: list[i
         torch.testing.assert_close(model.logits(batch_of(one, None))[0], logits[i], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["mean_pool", "class_token", "linear"])
+def test_a_short_clip_is_what_it_is_where_all_clips_are_short(head: str) -> None:
+    """Nothing of the columns behind its end is left: neither in attention, nor in pooling, nor in features."""
+    short = make_geometry(AUDIO.model_copy(update={"clip_seconds": 0.2}), "frame_shift", (8, 4), 2)
+    assert short.columns < GEOMETRY.columns
+    model, items = supervised(head=head).eval(), sounds([3200, 8000])
+    there = Supervised(MODEL, SupervisedOptions.model_validate({"head": head}), short, CLASSES).eval()
+    there.load_state_dict(model.state_dict())
+    batch, cut = batch_of(items, None), replace(some(items, slice(0, 1)), audio=items.audio[:1, :3200])
+    alone = batch_of(cut, None, short)
+    assert batch.short and not alone.short
+    torch.testing.assert_close(model.logits(batch)[:1], there.logits(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.embed(batch)[:1], there.embed(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mae().embed(batch)[:1], mae(geometry=short).embed(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_encoder_neither_learns_nor_drops() -> None:
     model = Supervised(MODEL.model_copy(update={"drop_path": 0.9}), SupervisedOptions(head="linear"), GEOMETRY, CLASSES)
     model.train()

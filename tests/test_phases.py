@@ -30,7 +30,8 @@ runs = st.lists(options, min_size=1, max_size=4)
 def curriculum(phases: list[PhaseOptions], flops: float = 1.0) -> Curriculum:
     costs = [flops] * len(phases)
     return make_curriculum(
-        phases, num_clips=NUM_CLIPS, lr=1e-3, mask_ratio=0.75, mask_shape="uniform", flops_per_clip=costs
+        phases, num_clips=NUM_CLIPS, lr=1e-3, min_lr_ratio=0.1, mask_ratio=0.75, mask_shape="uniform",
+        flops_per_clip=costs,
     )
 
 
@@ -66,14 +67,14 @@ def test_steps_outside_of_the_run_are_refused(step: int) -> None:
 
 
 @given(
-    phase=options, floor=st.floats(0, 1), schedule=st.sampled_from(["cosine", "constant"]),
+    phase=options, floor=st.none() | st.floats(0, 1), schedule=st.sampled_from(["cosine", "constant"]),
 )
 def test_the_learning_rate_warms_up_and_falls_without_jumps(
-    phase: PhaseOptions, floor: float, schedule: Literal["cosine", "constant"]
+    phase: PhaseOptions, floor: float | None, schedule: Literal["cosine", "constant"]
 ) -> None:
-    run = curriculum([phase])
+    run = curriculum([phase.model_copy(update={"min_lr_ratio": floor})])
     (only,) = run.phases
-    rates = [learning_rate(run.lookup(step), min_lr_ratio=floor, schedule=schedule) for step in range(run.steps + 1)]
+    rates = [learning_rate(run.lookup(step), schedule) for step in range(run.steps + 1)]
     peak, warmup = phase.lr or 1e-3, only.warmup_steps
     assert warmup == min(phase.warmup_steps or 0, only.steps)
     assert max(rates) == pytest.approx(peak)
@@ -84,7 +85,7 @@ def test_the_learning_rate_warms_up_and_falls_without_jumps(
     steepest = max(1 / warmup if warmup else 0, math.pi / 2 / max(1, only.steps - warmup)) * peak
     assert all(abs(b - a) <= steepest * 1.0001 for a, b in pairwise(rates))
     if warmup < only.steps:
-        assert rates[-1] == pytest.approx(peak * (floor if schedule == "cosine" else 1.0))
+        assert rates[-1] == pytest.approx(peak * ((0.1 if floor is None else floor) if schedule == "cosine" else 1.0))
 
 
 @given(runs)
@@ -96,8 +97,8 @@ def test_the_learning_rate_restarts_with_every_phase(phases: list[PhaseOptions])
 
 
 def test_a_cosine_halfway_down() -> None:
-    (phase,) = curriculum([PhaseOptions(name="a", steps=110, warmup_steps=10, lr=1.0)]).phases
-    assert learning_rate(Place(0, phase, 60 / 110, 0.0), min_lr_ratio=0.2) == pytest.approx(0.6)
+    (phase,) = curriculum([PhaseOptions(name="a", steps=110, warmup_steps=10, lr=1.0, min_lr_ratio=0.2)]).phases
+    assert learning_rate(Place(0, phase, 60 / 110, 0.0)) == pytest.approx(0.6)
 
 
 @given(batches=st.integers(1, 50), batch_size=st.integers(1, 20), flops=st.floats(1, 1e12))

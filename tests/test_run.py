@@ -167,5 +167,5 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_read_only_folder_is_one_line(read_only: Path) -> None:
     with pytest.raises(UserError, match="Read-only file system"):
         RunFolder.create(read_only, "a: 1\n")
-    with pytest.raises(UserError, match="cannot write .*lock: Read-only file system"), RunFolder(read_only).lock():
+    with pytest.raises(UserError, match=r"cannot write .*lock: Read-only file system"), RunFolder(read_only).lock():
         pass

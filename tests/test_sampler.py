@@ -20,7 +20,8 @@ def curriculum(phases: list[tuple[int, int]]) -> Curriculum:
     """Of (steps, batch size of twelfths): every world size divides it."""
     options = [PhaseOptions(name="any", steps=steps, batch_size=12 * size) for steps, size in phases]
     return make_curriculum(
-        options, num_clips=10, lr=1.0, mask_ratio=0.5, mask_shape="uniform", flops_per_clip=[1.0] * len(options)
+        options, num_clips=10, lr=1.0, min_lr_ratio=0.0, mask_ratio=0.5, mask_shape="uniform",
+        flops_per_clip=[1.0] * len(options),
     )
 
 

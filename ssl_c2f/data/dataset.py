@@ -270,6 +270,13 @@ def make_loader(dataset: Dataset[Any], batches: Iterable[Any], workers: int) -> 
     )
 
 
+def spread(clips: Sequence[int], most: int) -> Sequence[int]:
+    """At most so many of the clips, evenly over their order (which is by path, and so by label)."""
+    if len(clips) <= most:
+        return clips
+    return [clips[(2 * i + 1) * len(clips) // (2 * most)] for i in range(most)]
+
+
 def in_batches(count: int, size: int) -> list[range]:
     """0 ... count - 1 in consecutive batches."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -65,7 +65,7 @@ def initialise(module: nn.Module) -> None:
 def attention_mask(valid: Tensor | None, prefix: int = 1) -> Tensor | None:
     """(B, K) bool -> (B, 1, 1, prefix + K) to add to attention's scores: nobody attends to padding. None if none is.
 
-    Fused attention takes a mask of bools too, but where it is switched off, timm would add those as ones.
+    Fused attention takes a mask of bools too, but where it is switched off, timm 1.0.20 would add those as ones.
     """
     if valid is None:
         return None

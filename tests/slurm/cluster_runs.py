@@ -1,6 +1,6 @@
 """Small runs on the cluster, and ways to strike them at a chosen moment.
 
-A process that is to be struck is stopped first (SIGSTOP), so that it is hit at a known step however slow the machine is.
+A process that is to be struck is stopped first (SIGSTOP), so that it is hit at a known step on any machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ ema: 0.9
 train: {log_every: 1, checkpoint_every: 10, device: cpu}
 tracking: {wandb: off}
 """
-THREE = CONFIG.replace("  - {name: fine", "  - {name: middle, steps: 40, time_factor: 2, batch_size: 8, lr: 1.0e-3}\n  - {name: fine")
+MIDDLE = "  - {name: middle, steps: 40, time_factor: 2, batch_size: 8, lr: 1.0e-3}\n"
+THREE = CONFIG.replace("  - {name: fine", MIDDLE + "  - {name: fine")
 _launching = threading.Lock()  # os.environ and stdout are everybody's
 
 
@@ -72,9 +73,11 @@ def weights(run: Path) -> bytes:
 
 def straight(config: Path, sounds: Path, run: Path, processes: int) -> bytes:
     """The weights of the run that nobody disturbs."""
-    start = [sys.executable, "-m"] + (["torch.distributed.run", f"--nproc-per-node={processes}", "-m"] if processes > 1 else [])
-    command = [*start, "ssl_c2f", "pretrain", str(config), f"data.root={sounds}", f"run_dir={run}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+    words = ["ssl_c2f", "pretrain", str(config), f"data.root={sounds}", f"run_dir={run}"]
+    command = [sys.executable, "-m", *torchrun, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     return weights(run)
 

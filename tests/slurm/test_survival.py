@@ -105,7 +105,8 @@ def ends(
 
     def begin(name: str) -> Future[bytes]:
         strike, ranks, flags = WAYS[name]
-        words = (config, f"data.root={sounds}", "--nodes", ranks, "--ngpus", 1, "--cpus-per-task", 1, "--mem", "500MB", *flags)
+        size = ("--nodes", ranks, "--ngpus", 1, "--cpus-per-task", 1, "--mem", "500MB")
+        words = (config, f"data.root={sounds}", *size, *flags)
         return pool.submit(survive, ClusterRun(folder / name.replace(" ", "-"), words, ranks), strike)
 
     with ThreadPoolExecutor(len(WAYS)) as pool:
