@@ -351,8 +351,8 @@ def run(
         todo = dist.broadcast_object([p for p in wanted if not job.phase_folder(p).is_done()])  # all see what one saw
         if dead:
             print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
-        if options.train.rehearse:
-            rehearse(job, todo)
+        if options.train.rehearse and todo:  # also those that other jobs will run
+            rehearse(job, [p for p in job.curriculum.phases if not job.phase_folder(p).is_done()])
         for phase in todo:
             train_phase(job, phase)
     return job.folder

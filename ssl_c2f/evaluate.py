@@ -64,7 +64,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     folder = Path(options.out) if options.out else run_of(model.weights) / "evaluation" / name
     result = write_scores(
         folder, [corpus.manifest.clips[i].path for i in found.tolist()], scores,
-        corpus.source(model.geometry).labels[found], model.classes,
+        corpus.source(model.geometry).labels(found), model.classes,
         {
             "checkpoint": model.weights.origin, "resolution": options.resolution, "only_folds": list(options.folds),
             "seen_in_training": seen, "unlabelled": unlabelled, "bad_files": tell_bad(corpus.bad.seen),

@@ -107,12 +107,12 @@ def _report(
     if not distributed.init(options.train.device).is_main:
         return
     source = corpus.source(options.fine_geometry)
-    by_fold = {fold: metrics.score(scores, source.labels[clips]) for fold, (scores, clips) in scored.items()}
+    by_fold = {fold: metrics.score(scores, source.labels(clips)) for fold, (scores, clips) in scored.items()}
     scores, clips = (torch.cat(parts) for parts in zip(*scored.values(), strict=True))
     extra = {
         "checkpoint": weights.origin, "from_scratch": options.from_scratch,
         "folds": {str(fold): values for fold, values in by_fold.items() if fold is not None},
     }
     paths = [corpus.manifest.clips[i].path for i in clips.tolist()]
-    result = write_scores(folder, paths, scores, source.labels[clips], corpus.manifest.classes, extra)
+    result = write_scores(folder, paths, scores, source.labels(clips), corpus.manifest.classes, extra)
     print_scores(result)

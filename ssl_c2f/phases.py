@@ -113,8 +113,8 @@ class Curriculum:
 
 
 def make_curriculum(
-    options: Sequence[PhaseOptions], *, num_clips: int, lr: float, min_lr_ratio: float, mask_ratio: float, mask_shape: Shape,
-    flops_per_clip: Sequence[float],
+    options: Sequence[PhaseOptions], *, num_clips: int, lr: float, min_lr_ratio: float, mask_ratio: float,
+    mask_shape: Shape, flops_per_clip: Sequence[float],
 ) -> Curriculum:
     """Turn lengths in epochs, steps, samples or FLOPs into steps: the nearest number of them, at least one.
 

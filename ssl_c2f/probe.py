@@ -62,7 +62,7 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
         raise UserError(f"{manifest.root}: a probe needs recordings of at least two classes")
     features, found = _features(model, corpus, _readers(model, options))
     bad = tell_bad(corpus.bad.seen)
-    labels = corpus.source(model.geometry).labels[found]
+    labels = corpus.source(model.geometry).labels(found)
     folds, split = choose_folds([corpus.manifest.clips[i].fold for i in found.tolist()], labels, options)
     rows = _probe_all(features, labels, folds, options)
     result: dict[str, Any] = finite({

@@ -86,7 +86,7 @@ def _labelled(
     objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device
 ) -> dict[str, float]:
     scores, found = clip_scores(objective, corpus, options.fine_geometry, clips, device, options.evaluation.batch_size)
-    return metrics.score(scores, corpus.source(options.fine_geometry).labels[found])
+    return metrics.score(scores, corpus.source(options.fine_geometry).labels(found))
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def _knn(objective: Objective, options: RunOptions, corpus: Corpus, device: torc
     rows, index = features(
         objective, corpus, options.fine_geometry, [*labelled, *held_out], device, o.batch_size, per_clip=1
     )
-    labels = corpus.source(options.fine_geometry).labels[index]
+    labels = corpus.source(options.fine_geometry).labels(index)
     if held_out:
         groups = [torch.isin(index, torch.tensor(held_out))]
     else:

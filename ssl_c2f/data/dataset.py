@@ -118,14 +118,16 @@ class Source:
     def path(self, clip: int) -> Path:
         return self.manifest.root / self.manifest.clips[clip].path
 
-    @cached_property
-    def labels(self) -> Tensor:
-        """(clips, C) of 0 and 1."""
-        column = {name: i for i, name in enumerate(self.manifest.classes)}
-        table = torch.zeros(len(self.manifest.clips), len(column))
-        for row, clip in zip(table, self.manifest.clips, strict=True):
-            row[[column[label] for label in clip.labels]] = 1.0
+    def labels(self, clips: Sequence[int] | Tensor) -> Tensor:
+        """(n, C) of 0 and 1 for n clips."""
+        table = torch.zeros(len(clips), len(self.manifest.classes))
+        for row, clip in zip(table, clips, strict=True):
+            row[[self._column[label] for label in self.manifest.clips[int(clip)].labels]] = 1.0
         return table
+
+    @cached_property
+    def _column(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.manifest.classes)}
 
 
 def fill_cache(
@@ -204,7 +206,7 @@ class TrainingClips(Dataset[Item]):
         for attempt in range(_REPLACEMENTS):
             try:
                 audio, num_samples = self.source.crop(clip, self.source.random_start(clip, key))
-                return Item(audio, num_samples, clip, key, self.source.labels[clip], bad=tuple(bad))
+                return Item(audio, num_samples, clip, key, self.source.labels([clip])[0], bad=tuple(bad))
             except AudioError as error:
                 bad.append((self.source.manifest.clips[clip].path, error.reason))
                 clip = self.clips[int(draws.integers(draws.key(key, "replacement", attempt), len(self.clips)))]
@@ -239,7 +241,7 @@ class Windows(Dataset[Item | tuple[str, str]]):
             audio, num_samples = self.source.crop(clip, start)
         except AudioError as error:
             return self.source.manifest.clips[clip].path, error.reason
-        return Item(audio, num_samples, clip, draws.key(self.seed, clip, start), self.source.labels[clip])
+        return Item(audio, num_samples, clip, draws.key(self.seed, clip, start), self.source.labels([clip])[0])
 
 
 def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
