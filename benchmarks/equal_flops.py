@@ -1,10 +1,10 @@
 """Coarse to fine against a single phase at equal FLOPs, on ESC-10: validation loss at full resolution.
 
-    python benchmarks/equal_flops.py --root FOLDER [--seeds 0 1 2] [--budget 3.0] [--out equal_flops.json]
+    python benchmarks/equal_flops.py --root FOLDER [--seeds 0 1 2] [--budget 1.0] [--lr 5e-4] [--out equal_flops.json]
 
 Width 128, depth 6; trained on folds 1 to 4, validated on fold 5 (fine statistics, raw targets, mask ratio 0.75, fixed
-masks averaged over several draws). Every method gets the same FLOPs, batch size, peak learning rate and warm-up share;
-each anneals to its own end. Methods run one after another within a seed, in one process.
+masks averaged over several draws). Every method gets the same FLOPs, batch size and peak learning rate, and anneals to
+zero at its end. Methods run one after another within a seed, in one process.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def recipe(root: str, method: str, budget: float, seed: int, lr: float) -> dict[
         "mask": {"ratio": 0.75},
         "optim": {"lr": lr},
         "phases": [
-            {"name": f"c{factor}", "flops": share * budget, "time_factor": factor, "batch_size": 32,
-             "warmup_epochs": 1 if i == 0 else 0.25}
+            {"name": f"c{factor}", "flops": share * budget, "time_factor": factor, "batch_size": 8,
+             "warmup_epochs": 0.5 if i == 0 else 0.1, "min_lr_ratio": 0.0 if factor == 1 else 0.5}
             for i, (share, factor) in enumerate(CURRICULA[curriculum])
         ],
         "evaluation": {"every": 1000.0, "mask_draws": 8},
@@ -67,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of ESC-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=float, default=3.0, help="TFLOPs of a run")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of every phase")
+    parser.add_argument("--budget", type=float, default=1.0, help="TFLOPs of a run")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of every phase")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
     a = parser.parse_args()

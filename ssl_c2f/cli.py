@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ CONFIG_HELP = "a YAML file or the name of a shipped config, then overrides such 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake (told in one line), 128 + N for signal N."""
+    # On a busy machine OpenMP's threads spin while they wait for each other: a tiny run took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments, more = parser().parse_known_args(words)
     if wrong := [word for word in more if word.startswith("-") or not hasattr(arguments, "words")]:
         print(f"ssl_c2f: unknown argument {wrong[0]} (see ssl_c2f {arguments.command} --help)", file=sys.stderr)

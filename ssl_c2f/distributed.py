@@ -33,9 +33,10 @@ class Dist:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is set in any process: how all of them stop at the same step when one gets a signal."""
+        if self.world == 1:
+            return flag
         value = torch.tensor(float(flag), device=self.device)
-        if self.world > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
     def sum(self, tensor: Tensor) -> Tensor:

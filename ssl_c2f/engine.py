@@ -106,7 +106,8 @@ def _next(loader: Iterator[Items]) -> Items:
         return next(loader)
     except UserError as error:  # from a worker it comes with the worker's traceback
         line = str(error).strip().splitlines()[-1].removeprefix("ssl_c2f.options.UserError: ")
-    raise UserError(line)  # out here, so that no traceback keeps the loader and its workers alive
+        error.__traceback__ = None  # it would keep the loader alive, in a cycle that takes its workers 10 s to leave
+    raise UserError(line)
 
 
 def _no_sync(model: nn.Module, active: bool) -> contextlib.AbstractContextManager[None]:
@@ -146,8 +147,7 @@ def train_phase(run: Run, phase: Phase) -> None:
                 save_pictures(run.phase_folder(phase).pictures, t.objective, run.corpus, masking, run.dist.device)
         finally:
             if tracker:
-                with contextlib.suppress(OSError):  # a full disk, of which its `log` has told
-                    tracker.finish()
+                tracker.finish()
     if run.dist.is_main:
         run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
     run.dist.barrier()

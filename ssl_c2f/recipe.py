@@ -178,7 +178,7 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
         phases=tuple(phases), parameters=parameters, state_mb=cost.state_bytes(parameters, options.ema > 0) / 1e6,
         pflops=sum(p.pflops for p in phases),
         single_phase_pflops=sum(p.clips for p in phases) * cost.step_flops(fine) / 1e15,
-        rehearsal_pflops=sum(min(limit, p.batch_size) * p.gflops_per_clip for p in phases) / 1e6,
+        rehearsal_pflops=sum(2 * min(2 * limit, p.batch_size) * p.gflops_per_clip for p in phases) / 1e6,
     )
 
 

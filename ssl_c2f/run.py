@@ -153,8 +153,10 @@ class RunFolder:
             _locks.add(descriptor)
             previous = _holder(file)
             _rewrite(descriptor, {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()})
-            yield previous
-            _rewrite(descriptor, None)
+            try:
+                yield previous
+            finally:  # whoever gets here lets go, only a process that is killed does not
+                _rewrite(descriptor, None)
         finally:
             _locks.discard(descriptor)
             os.close(descriptor)

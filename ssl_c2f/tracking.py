@@ -6,6 +6,7 @@ its server already has from before an interruption is not sent again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -113,7 +114,8 @@ class Tracker:
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the file and the W&B run; calling it again does nothing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk, of which `log` has told
+            self._file.close()
         self.with_wandb(lambda run: run.finish(exit_code=exit_code))
         self.run = None
 

@@ -116,7 +116,7 @@ def bad_recordings(folder: Path) -> set[str]:
         soundfile.write(folder / f"good-{i}.wav", noise[: 16_000], 16_000)
     soundfile.write(folder / "eight.wav", np.stack([noise] * 8, 1), 96_000)
     soundfile.write(folder / "short.wav", noise[:480], 16_000)
-    soundfile.write(folder / "long.flac", np.tile(noise, 1200)[:7200 * 8000], 8_000)  # two hours
+    soundfile.write(folder / "long.wav", np.zeros(7200 * 8000, np.int16), 8_000)  # two hours
     (folder / "text.wav").write_text("not audio at all")
     soundfile.write(folder / "empty.wav", noise[:0], 16_000)
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan, np.float32), 16_000, subtype="FLOAT")

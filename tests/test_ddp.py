@@ -15,7 +15,8 @@ from tiny import checkpoints, records, run_options, weights
 from torch import nn
 
 from ssl_c2f import checkpoint, engine, options
-from ssl_c2f.data.front_end import Batch, FrontEnd, Items
+from ssl_c2f.data.front_end import Batch
+from ssl_c2f.objectives.mae import MAE
 from ssl_c2f.recipe import RunOptions
 
 pytestmark = pytest.mark.slow
@@ -27,15 +28,15 @@ OPTIONS = (
 
 
 def run_and_hash(o: RunOptions, run: Path) -> list[str]:
-    """Hashes of the crop and the mask of every clip that this process sees."""
+    """Hashes of the input (a crop, mixed and augmented) and the mask of every clip that this process trains on."""
     seen: list[str] = []
 
-    def look(module: nn.Module, inputs: tuple[Items, ...], batch: Batch) -> None:
-        if isinstance(module, FrontEnd) and batch.masks:
-            for crop, kept in zip(inputs[0].audio, batch.masks[0].kept, strict=True):
-                seen.append(hashlib.sha256(crop.numpy().tobytes() + kept.numpy().tobytes()).hexdigest())
+    def look(module: nn.Module, inputs: tuple[Batch, ...]) -> None:
+        if isinstance(module, MAE) and module.training:
+            for spec, kept in zip(inputs[0].spec, inputs[0].masks[0].kept, strict=True):
+                seen.append(hashlib.sha256(spec.numpy().tobytes() + kept.numpy().tobytes()).hexdigest())
 
-    handle = nn.modules.module.register_module_forward_hook(look)
+    handle = nn.modules.module.register_module_forward_pre_hook(look)
     engine.run(o, run)
     handle.remove()
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -343,6 +344,7 @@ def test_the_error_of_a_worker_is_one_line(sounds: Path, tmp_path: Path) -> None
         spoil(file)
     with pytest.raises(UserError, match=r"^100 clips in a row cannot be read, the last is \S+: [^\n]*$"):
         go(o, tmp_path / "run")
+    assert not multiprocessing.active_children()  # the workers left with it
 
 
 # --- disks

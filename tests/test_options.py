@@ -289,6 +289,8 @@ def test_configs_are_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.M
         (configs / f"{name}.yaml").touch()
     package.mkdir(exist_ok=True)
     monkeypatch.setattr(options, "__file__", str(package / "options.py"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the names are no paths by chance
 
     shipped = configs / "pretrain/esc10_mae_c2f.yaml"
     names = (

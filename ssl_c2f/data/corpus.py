@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,22 +29,24 @@ class BadFiles:
 
     def __post_init__(self) -> None:
         if self.file and self.file.exists():
-            rows = [json.loads(line) for line in self.file.read_text().splitlines()]
-            self.seen = {row["path"]: row["reason"] for row in rows}
+            for line in self.file.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # half a line, of a process that was killed
+                    row = json.loads(line)
+                    self.seen[row["path"]] = row["reason"]
 
     def add(self, bad: Sequence[tuple[str, str]]) -> None:
         """Raises UserError beyond the limit."""
         for path, reason in bad:
-            if path in self.seen:
-                continue
-            self.seen[path] = reason
-            if self.file:
-                append_line(self.file, json.dumps({"path": path, "reason": reason}))
-            if len(self.seen) > self.limit:
-                raise UserError(
-                    f"{len(self.seen)} unreadable files, more than data.max_bad_files={self.limit}; "
-                    f"the last is {path}: {reason}"
-                )
+            if path not in self.seen:
+                self.seen[path] = reason
+                if self.file:
+                    append_line(self.file, json.dumps({"path": path, "reason": reason}))
+        if bad and len(self.seen) > self.limit:
+            path, reason = bad[-1]
+            raise UserError(
+                f"{len(self.seen)} unreadable files, more than data.max_bad_files={self.limit}; "
+                f"the last is {path}: {reason}"
+            )
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -265,10 +266,14 @@ def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
 
 
 def make_loader(dataset: Dataset[Any], batches: Iterable[Any], workers: int) -> DataLoader[Items]:
-    """A loader that leaves the global generator alone (torch's own draws its workers' seed from it)."""
+    """A loader that leaves the global generator alone (torch's own draws its workers' seed from it).
+
+    Workers are forked where that is possible: they start at once, and `run` and `signals` look after them at the fork.
+    """
+    context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), multiprocessing_context=context,
     )
 
 
