@@ -292,9 +292,12 @@ def _holder(file: Path) -> dict[str, Any] | None:
 
 
 def _rewrite(descriptor: int, content: dict[str, Any] | None) -> None:
-    os.ftruncate(descriptor, 0)
-    if content is not None:
-        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+    """Who holds the lock is only for people: on a full disk it goes unsaid. The file keeps its block, so that the next
+    holder needs no space."""
+    data = b"\n" if content is None else json.dumps(content).encode()
+    with contextlib.suppress(OSError):
+        os.pwrite(descriptor, data, 0)
+        os.ftruncate(descriptor, len(data))
 
 
 def _close_locks() -> None:
