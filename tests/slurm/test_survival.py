@@ -22,6 +22,7 @@ Strike = Callable[[ClusterRun, str, list[int]], None]
 
 def interrupt(run: ClusterRun, part: str, pids: list[int]) -> None:
     SlurmJob(folder=run.path / "submitit", job_id=run.id(part))._interrupt()
+    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 60, "the signal")  # a phase ends in no time
     go_on(pids)
 
 
