@@ -33,7 +33,7 @@ from ssl_c2f.tracking import TrackingOptions
 
 SECONDS = 2.0  # of a clip
 UNLABELLED, LABELLED = 50, 25  # clips of each class
-EPOCHS = (48.0, 20.0, 14.0)  # coarse, middle, fine
+EPOCHS = (30.0, 12.0, 8.0)  # coarse, middle, fine
 TUNING_EPOCHS = 12.0  # coarse, and a third of it fine
 TEST_FOLD = 1
 
@@ -77,7 +77,7 @@ def pretrain_options(folder: Path, epochs: Sequence[float] = EPOCHS) -> RunOptio
             PhaseOptions(name=n, epochs=e, time_factor=c, batch_size=32, warmup_epochs=min(1.0, e / 4), mask_ratio=0.7)
             for n, e, c in zip(names, epochs, factors, strict=True)
         ),
-        evaluation=EvaluationOptions(every=12.0, mask_draws=2, batch_size=60), train=TrainOptions(log_every=5),
+        evaluation=EvaluationOptions(every=10.0, mask_draws=2, batch_size=60), train=TrainOptions(log_every=5),
         tracking=TrackingOptions(wandb="off"),
     )
 
