@@ -100,19 +100,28 @@ def parser() -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         words_of(sub, "CONFIG [KEY=VALUE ...]" if name != "diff" else "CONFIG CONFIG")
-    sub = command("data", _data_manifest, "look at recordings before training on them")
-    kinds = sub.add_subparsers(dest="kind", required=True, metavar="manifest|check|stats")
+    sub = command("data", _data_manifest, "look at recordings before training on them, list them, pack them")
+    kinds = sub.add_subparsers(dest="kind", required=True, metavar="manifest|check|stats|build|shard")
     looks: tuple[tuple[str, Callable[[argparse.Namespace], int | None], str], ...] = (
         ("manifest", _data_manifest, "write a list of recordings with labels and folds"),
         ("check", _data_check, "decode every recording whole and name the bad ones"),
         ("stats", _data_stats, "durations, rates and labels; mean and deviation per geometry"),
+        ("build", _data_build, "the manifest of a public set, such as esc50, from its own tables"),
+        ("shard", _data_shard, "pack many small recordings into few large files"),
     )
     for name, look, help in looks:
         sub = kinds.add_parser(name, help=help, description=help)
         sub.set_defaults(run=look)
+        if name == "build":
+            sub.add_argument("set", metavar="SET", help="esc50, esc10, urbansound8k, speech_commands, fsd50k, ...")
+            sub.add_argument("--out", type=Path, default=None, metavar="FILE", help="default: FOLDER/manifest.csv")
+            sub.add_argument("--download", action="store_true", help="fetch it first, where torchaudio can")
         words_of(sub, "data.root=FOLDER and other options KEY=VALUE")
         if name == "manifest":
             sub.add_argument("--out", type=Path, required=True, metavar="FILE.csv|FILE.jsonl")
+        if name == "shard":
+            sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+            sub.add_argument("--gigabytes", type=float, default=1.0, help="of a shard, at most")
     return top
 
 
@@ -224,6 +233,18 @@ def _data_manifest(arguments: argparse.Namespace) -> None:
     from ssl_c2f.data import inspect
 
     inspect.manifest(_data_options(arguments), arguments.out)
+
+
+def _data_build(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.data import inspect
+
+    inspect.build_public(_data_options(arguments), arguments.set, arguments.out, arguments.download)
+
+
+def _data_shard(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.data import inspect
+
+    inspect.shard(_data_options(arguments), arguments.out, arguments.gigabytes)
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

@@ -145,9 +145,8 @@ def _save_sound(file: Path, corpus: Corpus, geometry: Geometry, clip: int) -> st
     scale = _LISTEN_RATE / geometry.sample_rate
     stream = io.BytesIO()
     try:
-        sound = read_audio(
-            corpus.source(geometry).path(clip), _LISTEN_RATE, round(start * scale), round(geometry.clip_samples * scale)
-        )
+        place = corpus.source(geometry).place(clip)
+        sound = read_audio(place, _LISTEN_RATE, round(start * scale), round(geometry.clip_samples * scale))
         soundfile.write(stream, sound.numpy(), _LISTEN_RATE, format="MP3", subtype="MPEG_LAYER_III")
     except (AudioError, UserError, soundfile.LibsndfileError, RuntimeError):
         return None  # a picture without sound is better than none

@@ -14,7 +14,28 @@ from rich.table import Table
 from rich.text import Text
 
 
-class Progress:
+class _LiveLine:
+    """A line that is redrawn in a terminal while a `with` statement lasts; nothing elsewhere."""
+
+    def __init__(self, console: Console | None, enabled: bool = True) -> None:
+        self.console = console or Console(stderr=True)
+        self._live: Live | None = None
+        if enabled and self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+class Progress(_LiveLine):
     """The display of one phase, to be used in a `with` statement.
 
     coarse 1/3 ━━━━━━━━━━ 120/2000  loss 0.5412  lr 3.0e-04  812 clips/s  waiting 3 %  phase 1:20  run 12:05
@@ -33,26 +54,13 @@ class Progress:
         console: Console | None = None,
     ) -> None:
         """Phase `index` (from 0) of `count`; it goes on at step `start` of the run and ends at `stop`."""
+        super().__init__(console, enabled)
         self.title = f"{phase} {index + 1}/{count}"
         self.start, self.stop = start, stop
         self.enabled, self.log_seconds = enabled, log_seconds
-        self.console = console or Console(stderr=True)
-        self._live: Live | None = None
         self._began = time.monotonic()
         self._shown = float("-inf")
         self._run_done_at_start: float | None = None
-
-    def __enter__(self) -> Self:
-        if self.enabled and self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def update(
         self, step: int, *, loss: float, lr: float, clips_per_second: float, wait: float, run_done: float
@@ -86,28 +94,16 @@ class Progress:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class Count:
+class Count(_LiveLine):
     """How far some long work is: a live line in a terminal; elsewhere a plain one every `log_seconds`.
 
     reading recordings  120/400  35/s  0:08 left
     """
 
     def __init__(self, title: str, *, log_seconds: float = 30.0, console: Console | None = None) -> None:
-        self.title, self.log_seconds, self.console = title, log_seconds, console or Console(stderr=True)
-        self._live: Live | None = None
+        super().__init__(console)
+        self.title, self.log_seconds = title, log_seconds
         self._began = self._shown = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def update(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""

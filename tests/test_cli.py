@@ -23,6 +23,7 @@ FLAGS = {
     "predict": {"--ckpt", "words"}, "plan": {"--measure", "--clips", "words"}, "report": {"runs", "--out"},
     "config show": {"words"}, "config validate": {"words"}, "config diff": {"words"},
     "data manifest": {"words", "--out"}, "data check": {"words"}, "data stats": {"words"},
+    "data build": {"words", "set", "--out", "--download"}, "data shard": {"words", "--out", "--gigabytes"},
 }
 
 

@@ -195,7 +195,7 @@ def test_windows_are_read_in_order_and_what_cannot_be_read_is_named(manifest: Ma
     assert [item.clip for item in items] == [0] + [1] * 7
     whole = torch.cat([item.audio[: item.num_samples] for item in items[1:]])
     assert len(whole) == source.length(1)
-    assert torch.equal(whole, torch.from_numpy(soundfile.read(source.path(1), dtype="float32")[0]))
+    assert torch.equal(whole, torch.from_numpy(soundfile.read(source.place(1), dtype="float32")[0]))
     assert len({int(item.key) for item in items}) == len(items)  # each window has a mask of its own
     batch = collate(found)
     assert isinstance(batch, Items) and batch.bad == (("z/bad.wav", "NaN or infinite samples"),) * 2

@@ -141,7 +141,7 @@ def test_bad_files_say_why(tmp_path: Path) -> None:
     def reason(name: str, start: int = 0) -> str:
         with pytest.raises(AudioError) as caught:
             read_audio(tmp_path / name, RATE, start)
-        assert caught.value.path == tmp_path / name
+        assert caught.value.place == tmp_path / name
         assert str(caught.value) == f"{tmp_path / name}: {caught.value.reason}"
         return caught.value.reason
 

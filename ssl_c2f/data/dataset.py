@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_c2f import draws
 from ssl_c2f.data.augment import AugmentOptions, mixup_share
-from ssl_c2f.data.decode import AudioError, read_audio, resampled_length
+from ssl_c2f.data.decode import AudioError, Place, read_audio, resampled_length
 from ssl_c2f.data.front_end import Items
 from ssl_c2f.data.manifest import Manifest, read_manifest, scan
 from ssl_c2f.data.sampler import clip_at
@@ -106,18 +106,18 @@ class Source:
         """
         g = self.geometry
         if clip in self.damaged:  # samples of its good parts would not go with the others' spectrograms
-            raise AudioError(self.path(clip), self.damaged[clip].reason)  # anew: tracebacks grow
+            raise AudioError(self.place(clip), self.damaged[clip].reason)  # anew: tracebacks grow
         if clip in self.cache:
             num_frames = g.raw_frames(g.clip_samples)
             frames = self.cache[clip][start // g.hop : start // g.hop + num_frames]
             if not len(frames):
-                raise AudioError(self.path(clip), f"ends before sample {start}")
+                raise AudioError(self.place(clip), f"ends before sample {start}")
             return F.pad(frames, (0, 0, 0, num_frames - len(frames))), min(self.length(clip) - start, g.clip_samples)
-        waveform = read_audio(self.path(clip), g.sample_rate, start, g.clip_samples)
+        waveform = read_audio(self.place(clip), g.sample_rate, start, g.clip_samples)
         return F.pad(waveform, (0, g.clip_samples - len(waveform))), len(waveform)
 
-    def path(self, clip: int) -> Path:
-        return self.manifest.root / self.manifest.clips[clip].path
+    def place(self, clip: int) -> Place:
+        return self.manifest.clips[clip].place(self.manifest.root)
 
     def labels(self, clips: Sequence[int] | Tensor) -> Tensor:
         """(n, C) of 0 and 1 for n clips."""
@@ -146,7 +146,7 @@ def fill_cache(
 
     def compute(clip: int) -> Tensor | AudioError:
         try:
-            waveform = read_audio(source.path(clip), g.sample_rate)[None]
+            waveform = read_audio(source.place(clip), g.sample_rate)[None]
         except AudioError as error:
             return error
         starts = range(0, g.raw_frames(waveform.shape[1]), _CHUNK)

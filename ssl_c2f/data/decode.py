@@ -5,9 +5,12 @@ S: samples of audio.
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -27,12 +30,30 @@ _LAST_OGG_PAGE = 2**20
 _TRUNCATED_OGG = ("Last page lacks an end-of-stream bit", "Junk after the last page")
 
 
-class AudioError(Exception):
-    """A file that cannot be used as audio: `path`, and the `reason` in a few words."""
+@dataclass(frozen=True)
+class Member:
+    """An audio file inside a shard: `size` bytes of the file `shard` from `offset` on."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = Path(path), reason
+    shard: Path
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard} at byte {self.offset}"
+
+
+Place = Path | str | Member  # where an audio file is
+
+
+class AudioError(Exception):
+    """A file that cannot be used as audio: where it is, and the `reason` in a few words."""
+
+    def __init__(self, place: Place, reason: str) -> None:
+        super().__init__(place, reason)
+        self.place, self.reason = place, reason
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
 
 class Header(NamedTuple):
@@ -43,17 +64,17 @@ class Header(NamedTuple):
     channels: int
 
 
-def read_header(path: Path | str) -> Header:
+def read_header(place: Place) -> Header:
     """Length, rate and channels of a file without decoding it.
 
     Raises:
         AudioError: not there, not audio, truncated as far as its header shows, or without samples.
     """
-    with _open(path) as file:
+    with _open(place) as file:
         return Header(file.frames, file.samplerate, file.channels)
 
 
-def read_audio(path: Path | str, sample_rate: int, start: int = 0, num: int | None = None) -> Tensor:
+def read_audio(place: Place, sample_rate: int, start: int = 0, num: int | None = None) -> Tensor:
     """Decode a file, or `num` samples of it from `start` on, to mono at `sample_rate`: (S,) float32.
 
     `start` and `num` count samples at `sample_rate`; channels are averaged. A cut decodes little more than it returns,
@@ -65,17 +86,17 @@ def read_audio(path: Path | str, sample_rate: int, start: int = 0, num: int | No
     Raises:
         AudioError: as `read_header`; also damaged, NaN or infinite samples, or nothing left at `start`.
     """
-    with _open(path) as file:
+    with _open(place) as file:
         down, up = _ratio(file.samplerate, sample_rate)
         if start >= resampled_length(file.frames, file.samplerate, sample_rate):
-            raise AudioError(path, f"ends before sample {start}")
+            raise AudioError(place, f"ends before sample {start}")
         # Cut at multiples of `down`, where input and output samples coincide, with room for the resampling filter.
         margin = math.ceil(8 * max(1.0, down / up) / down)
         first = max(0, start // up - margin)
         end = file.frames if num is None else (math.ceil((start + num) / up) + margin) * down
         waveform = _decode(file, first * down, min(end, file.frames))
     if not waveform.isfinite().all():
-        raise AudioError(path, "NaN or infinite samples")
+        raise AudioError(place, "NaN or infinite samples")
     if down != up:
         waveform = _resampler(down, up)(waveform)
     return waveform[start - first * up :][:num]
@@ -88,17 +109,46 @@ def resampled_length(num_samples: int, rate: int, sample_rate: int) -> int:
 
 
 @contextmanager
-def _open(path: Path | str) -> Iterator[SoundFile]:
+def _open(place: Place) -> Iterator[SoundFile]:
     """A file with samples in it; whatever the decoder raises inside becomes an AudioError."""
     try:
-        with SoundFile(path) as file:
+        with ExitStack() as opened:
+            bytes_of = opened.enter_context(_Window(place)) if isinstance(place, Member) else place
+            file = opened.enter_context(SoundFile(bytes_of))
             if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
-                raise AudioError(path, "truncated")
+                raise AudioError(place, "truncated")
             if not file.frames:
-                raise AudioError(path, "no samples")
+                raise AudioError(place, "no samples")
             yield file
-    except SoundFileError:
-        raise AudioError(path, "damaged, or not audio" if Path(path).is_file() else "no such file") from None
+    except EOFError:
+        raise AudioError(place, "truncated") from None
+    except (SoundFileError, OSError):
+        there = Path(place.shard if isinstance(place, Member) else place).is_file()
+        raise AudioError(place, "damaged, or not audio" if there else "no such file") from None
+
+
+class _Window(io.RawIOBase):
+    """A member of a shard as a file of its own, which libsndfile reads and seeks in."""
+
+    def __init__(self, member: Member) -> None:
+        self._file, self._first, self._size, self._at = member.shard.open("rb"), member.offset, member.size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self._file.seek(self._first + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(self._size - self._at, 0)])
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _decode(file: SoundFile, start: int, end: int) -> Tensor:
@@ -111,7 +161,7 @@ def _decode(file: SoundFile, start: int, end: int) -> Tensor:
         file.seek(origin)
     samples = file.read(end - origin, dtype="float32", always_2d=True)
     if len(samples) < end - origin:
-        raise AudioError(file.name, "truncated")
+        raise EOFError
     return torch.from_numpy(samples[start - origin :].mean(axis=1))
 
 

@@ -1,4 +1,4 @@
-"""`ssl_c2f data manifest|check|stats`: look at recordings before training on them."""
+"""`ssl_c2f data manifest|check|stats|build|shard`: look at recordings before training on them, list them, pack them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ssl_c2f.data import public
 from ssl_c2f.data.corpus import BadFiles, Corpus
 from ssl_c2f.data.dataset import DataOptions, open_manifest
 from ssl_c2f.data.decode import AudioError, read_audio
-from ssl_c2f.data.manifest import Manifest, write_manifest
+from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
+from ssl_c2f.data.shards import write_shards
 from ssl_c2f.geometry import AudioOptions, Compression, make_geometries
-from ssl_c2f.options import Options
-from ssl_c2f.progress import table
+from ssl_c2f.options import Options, UserError
+from ssl_c2f.progress import Count, table
 
 
 class DataCommandOptions(Options):
@@ -33,19 +35,52 @@ def manifest(options: DataCommandOptions, out: Path) -> None:
     print(out)
 
 
+def build_public(options: DataCommandOptions, name: str, out: Path | None, download: bool) -> None:
+    """Write the manifest of a public set into its folder, or to `out`."""
+    if not options.data.root:
+        raise UserError(f"data build {name}: give data.root=FOLDER, where the set is")
+    root = Path(options.data.root)
+    if download and name != "speech_commands":
+        raise UserError(f"data build {name} --download: only speech_commands can be fetched by itself; get {name} "
+                        f"from {public.SETS[name].source if name in public.SETS else 'its site'}")
+    if download:
+        public.download_speech_commands(root)
+    with Count("reading recordings") as count:
+        found, missing = public.build(name, root, progress=count.update)
+    out = out or root / "manifest.csv"
+    write_manifest(found, out)
+    _say(found)
+    print(f"{missing} listed recordings are not there" if missing else "no listed recording is missing")
+    print(f"{out}\nuse it: data.manifest={out}" + ("" if out.parent == root else f" data.root={root}"))
+
+
+def shard(options: DataCommandOptions, out: Path, gigabytes: float) -> None:
+    """Pack the recordings into few large files."""
+    found = open_manifest(options.data)
+    with Count("packing") as count:
+        packed = write_shards(found, out, gigabytes, count.update)
+    _say(packed)
+    for path, reason in found.bad:
+        print(f"left out {path}: {reason}")
+    print(f"{len({clip.shard for clip in packed.clips})} shards in {out}\nuse them: data.manifest={out}/manifest.jsonl")
+
+
 def check(options: DataCommandOptions) -> int:
     """Decode every recording whole and name the bad ones; the exit status is 1 if there are any."""
     found, rate = open_manifest(options.data), options.audio.sample_rate
 
-    def problem(path: str) -> tuple[str, str] | None:
+    def problem(clip: Clip) -> tuple[str, str] | None:
         try:
-            read_audio(found.root / path, rate)
+            read_audio(clip.place(found.root), rate)
         except AudioError as error:
-            return path, error.reason
+            return clip.path, error.reason
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = [*found.bad, *filter(None, pool.map(problem, (clip.path for clip in found.clips)))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Count("decoding") as count:
+        bad = list(found.bad)
+        for done, wrong in enumerate(pool.map(problem, found.clips), 1):
+            bad += [wrong] if wrong else []
+            count.update(done, len(found.clips))
     for path, reason in bad:
         print(f"{path}: {reason}")
     print(f"{len(found.clips) + len(found.bad) - len(bad)} good, {len(bad)} bad")

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from ssl_c2f.data.decode import AudioError, read_header
+from ssl_c2f.data.decode import AudioError, Member, read_header
 from ssl_c2f.options import UserError
 from ssl_c2f.run import write_text
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
-_COLUMNS = ("path", "label", "labels", "fold", "num_samples", "sample_rate", "channels")
+_COLUMNS = ("path", "label", "labels", "fold", "num_samples", "sample_rate", "channels", "shard", "offset", "size")
+_NUMBERS = ("num_samples", "sample_rate", "channels", "offset", "size")
 _ESC_FOLD = r"^(\d)-\d+-[A-Z]"  # the file names of ESC-10 and ESC-50: 1-100032-A-0.wav is in fold 1
 
 Progress = Callable[[int, int], object]  # called with (files read, files in all)
@@ -28,12 +29,19 @@ Progress = Callable[[int, int], object]  # called with (files read, files in all
 class Clip:
     """One audio file. `num_samples` counts at the file's own `sample_rate`."""
 
-    path: str  # relative to the manifest's root, with forward slashes
+    path: str  # relative to the manifest's root, with forward slashes; in a shard, the name that it had
     labels: tuple[str, ...] = ()  # empty: unlabelled
     fold: int | None = None
     num_samples: int = 0
     sample_rate: int = 0
     channels: int = 0
+    shard: str | None = None  # the file, relative to the root, that holds its bytes; None: the file at `path`
+    offset: int = 0
+    size: int = 0
+
+    def place(self, root: Path) -> Path | Member:
+        """Where its bytes are."""
+        return Member(root / self.shard, self.offset, self.size) if self.shard else root / self.path
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,15 @@ def scan(root: Path, *, fold_pattern: str | None = None, progress: Progress | No
         raise UserError(f"{root}: no audio found (looked for {', '.join(ENDINGS)})")
     folds = _folds([file.name for file in files], fold_pattern)
     labels = [() if file.parent == Path() else (file.parent.as_posix(),) for file in files]
-    return _checked(root, list(map(Clip, map(Path.as_posix, files), labels, folds)), progress)
+    return checked(root, list(map(Clip, map(Path.as_posix, files), labels, folds)), progress)
 
 
 def read_manifest(file: Path, root: Path | None = None, *, progress: Progress | None = None) -> Manifest:
     """The clips that a CSV or JSONL file lists, with paths relative to `root` (default: the file's own folder).
 
     Columns: path; label or labels (several: separated by ';', or a list in JSONL); fold; and, to spare reading every
-    header, all of num_samples, sample_rate and channels. All but path are optional. Missing audio is `bad`.
+    header, all of num_samples, sample_rate and channels. Clips in shards have shard, offset and size. All but path are
+    optional. Missing audio is `bad`.
 
     Raises:
         UserError: no such file, not in this form (says where), or no usable audio.
@@ -90,7 +99,7 @@ def read_manifest(file: Path, root: Path | None = None, *, progress: Progress | 
         clips[clip.path] = clip
     if not clips:
         raise UserError(f"{file}: lists no clips")
-    return _checked(root or file.parent, list(clips.values()), progress)
+    return checked(root or file.parent, list(clips.values()), progress)
 
 
 def write_manifest(manifest: Manifest, file: Path) -> None:
@@ -112,8 +121,9 @@ def write_manifest(manifest: Manifest, file: Path) -> None:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """A SHA-256 of the clips, whatever their order and wherever their root."""
-    rows = sorted(json.dumps(asdict(clip)) for clip in manifest.clips)
+    """A SHA-256 of the clips, whatever their order and wherever they are: at other roots, in shards or not."""
+    where = ("shard", "offset", "size")
+    rows = sorted(json.dumps({k: v for k, v in asdict(clip).items() if k not in where}) for clip in manifest.clips)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -130,13 +140,19 @@ def _folds(names: Sequence[str], pattern: str | None) -> list[int | None]:
     return folds
 
 
-def _checked(root: Path, listed: Sequence[Clip], progress: Progress | None) -> Manifest:
-    """Set the bad files apart and read missing headers, on threads because they wait for the disk."""
+def checked(root: Path, listed: Sequence[Clip], progress: Progress | None) -> Manifest:
+    """The manifest of listed clips: bad files set apart, missing headers read (on threads: they wait for the disk).
+
+    Raises:
+        UserError: none can be used.
+    """
 
     def check(clip: Clip) -> Clip | AudioError:
         try:
-            known = clip.num_samples and clip.sample_rate and clip.channels and (root / clip.path).is_file()
-            return clip if known else replace(clip, **read_header(root / clip.path)._asdict())
+            place = clip.place(root)
+            file = place.shard if isinstance(place, Member) else place
+            known = clip.num_samples and clip.sample_rate and clip.channels and file.is_file()
+            return clip if known else replace(clip, **read_header(place)._asdict())
         except AudioError as error:
             return error
 
@@ -200,8 +216,9 @@ def _clip(row: dict[str, Any]) -> Clip:
         labels = [name.strip() for name in labels.split(";") if name.strip()]
     if not isinstance(labels, list | tuple) or not all(isinstance(name, str) for name in labels):
         raise ValueError(f"labels {labels!r} are not text")
-    numbers = {name: _whole(name, row.get(name)) for name in ("fold", "num_samples", "sample_rate", "channels")}
-    return Clip(path, tuple(labels), numbers.pop("fold"), **{name: value or 0 for name, value in numbers.items()})
+    numbers = {name: _whole(name, row.get(name)) for name in _NUMBERS}
+    fold, shard = _whole("fold", row.get("fold")), row.get("shard") or None
+    return Clip(path, tuple(labels), fold, shard=shard, **{name: value or 0 for name, value in numbers.items()})
 
 
 def _whole(name: str, value: object) -> int | None:
