@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_c2f.cli import parse
 from ssl_c2f.options import UserError
 
 WORDS = "a YAML file or the name of a shipped config, then overrides such as data.root=FOLDER phases.0.epochs=5"
@@ -24,15 +25,10 @@ CLUSTER = "auto: slurm where sbatch is there and sinfo answers, else local; debu
 
 def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a job failed, 2 for a user's mistake (told in one line)."""
-    top = parser()
-    arguments, rest = top.parse_known_args(words)
-    if [word for word in rest if word.startswith("-")] or (rest and "words" not in arguments):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse wants all overrides in one place; people put them before and after flags
-        arguments.words += rest
-    from ssl_c2f import launching  # imports torch: --help need not
-
     try:
+        arguments = parse(parser(), words)
+        from ssl_c2f import launching  # imports torch: --help need not
+
         return launching.launch(arguments)
     except UserError as error:
         print(f"launch.py: {error}", file=sys.stderr)

@@ -22,13 +22,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake (told in one line), 128 + N for signal N."""
     # On a busy machine OpenMP's threads spin while they wait for each other: a tiny run took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments, more = parser().parse_known_args(words)
-    if wrong := [word for word in more if word.startswith("-") or not hasattr(arguments, "words")]:
-        print(f"ssl_c2f: unknown argument {wrong[0]} (see ssl_c2f {arguments.command} --help)", file=sys.stderr)
-        return 2
-    if more:  # argparse takes overrides before or behind a flag, but not on both sides of it
-        arguments.words += more
     try:
+        arguments = parse(parser(), words)
         status = arguments.run(arguments)
     except UserError as error:
         print(f"ssl_c2f: {error}", file=sys.stderr)
@@ -44,6 +39,20 @@ def main(words: Sequence[str] | None = None) -> int:
             return 128 + int(signum)
         raise
     return status or 0
+
+
+def parse(top: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, with overrides before and behind flags: argparse itself takes them in one place only.
+
+    Raises:
+        UserError: an unknown argument.
+    """
+    arguments, more = top.parse_known_args(words)
+    if wrong := [word for word in more if word.startswith("-") or not hasattr(arguments, "words")]:
+        raise UserError(f"unknown argument {wrong[0]} (see {top.prog} {arguments.command} --help)")
+    if more:
+        arguments.words += more
+    return arguments
 
 
 def parser() -> argparse.ArgumentParser:

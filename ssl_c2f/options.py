@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +36,7 @@ class Options(BaseModel):
     """Base of all options: unknown keys, loose types and changes are refused. Use tuples, not lists, for sequences."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()  # keys of which one is given: an override replaces another
 
 
 T = TypeVar("T", bound=Options)
@@ -62,7 +63,7 @@ def load(
     """Fill `model` from `defaults`, then a YAML file, then overrides such as `phases.0.epochs=5`.
 
     The file merges with the defaults key by key; an override replaces what stands at its key, so
-    `objective={name: ssast}` drops the options of the objective before it.
+    `objective={name: ssast}` drops the options of the objective before it, and `phases.0.steps=5` the file's epochs.
 
     Raises:
         UserError: one line with the source (the file, or "command line"), the key, what is wrong and what would do.
@@ -73,8 +74,10 @@ def load(
         if file:
             config.merge_with(_read(file))
         from_file = OmegaConf.to_container(config)
+        groups = list(_alternatives(model))
         for override in overrides:
             _assign(config, override)
+            _drop_alternatives(config, override, overrides, groups)
         data = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
         source = _COMMAND_LINE if any("${" in override for override in overrides) else source
@@ -152,6 +155,31 @@ def _assign(config: DictConfig, override: str) -> None:
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         hint = f"text with signs needs quotes: {key}=\"'...'\""
         raise UserError(f"{_COMMAND_LINE}: {key}: {_brief(error)}; {hint}") from None
+
+
+def _drop_alternatives(
+    config: DictConfig, override: str, overrides: Sequence[str], groups: Iterable[tuple[str, tuple[str, ...]]]
+) -> None:
+    """An override takes the place of its alternatives, unless these are overrides too: then both stand, and collide."""
+    parent, _, name = override.partition("=")[0].rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig) or OmegaConf.to_container(node)[name] is None:
+        return
+    generic = re.sub(r"\.\d+(?=\.|$)", ".0", parent)
+    for other in {other for place, group in groups if place == generic and name in group for other in group} - {name}:
+        if not any(given.startswith(f"{parent}.{other}=".lstrip(".")) for given in overrides):
+            node.pop(other, None)
+
+
+def _alternatives(annotation: Any, key: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The groups of alternatives below a type, each with the key of the mapping that they stand in."""
+    below = f"{key}.0" if get_origin(annotation) in (list, tuple) else key
+    for member in get_args(annotation):
+        yield from _alternatives(member, below)
+    if _is_options(annotation):
+        yield from ((key, group) for group in annotation.alternatives)
+        for name, field in annotation.model_fields.items():
+            yield from _alternatives(field.annotation, f"{key}.{name}".lstrip("."))
 
 
 def _refuse_resolvers(source: str, text: str) -> None:

@@ -22,6 +22,8 @@ LENGTHS = ("epochs", "steps", "samples", "flops")
 class PhaseOptions(Options):
     """One entry of `phases:`. What is left out is the run's own (`optim.lr`, `mask.ratio`, `model.patch_t`, ...)."""
 
+    alternatives = (LENGTHS, ("warmup_epochs", "warmup_steps"))
+
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$", description="names the phase's folder")
     epochs: float | None = Field(None, gt=0, description="length; give exactly one of epochs, steps, samples, flops")
     steps: int | None = Field(None, gt=0)

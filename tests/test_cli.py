@@ -57,6 +57,9 @@ def test_every_shipped_config_loads_and_is_headed(file: Path, capsys: pytest.Cap
     loaded = config.read_any([str(file)])
     again = options.load(type(loaded), None, (), loaded.model_dump(mode="json"))
     assert again == loaded
+    changed = [str(file), "optim.lr=2e-3", "phases.0.epochs=5", "phases.0.warmup_epochs=1"]
+    assert cli.main(["config", "validate", *changed]) == 0, "whatever the file gives as length and warm-up"
+    capsys.readouterr()
     head = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert any("ssl_c2f " in line for line in head), "the command"
     assert any("Source" in line for line in head) and any("xpected figure" in line for line in head)
@@ -86,7 +89,7 @@ def tiny_config(tmp_path: Path) -> str:
         ("phases.0.mask_ratio=1.0", "mask_ratio"),
         ("model.patch_f=20", "patch_f 20"), ("audio.f_max=9000", "f_max"), ("phases.7.steps=3", "phases.7"),
         ("objective={name: supervised}", "ssl_c2f train"), ("audio.clip_seconds=0.01", "window"),
-        ("phases.0.epochs=3", "exactly one"), ("optim.lr", "CONFIG"), ("model.width=30", "multiple"),
+        ("phases.0.steps=null", "exactly one"), ("optim.lr", "CONFIG"), ("model.width=30", "multiple"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -176,6 +176,32 @@ def test_file_overrides_and_defaults_merge(file: Path) -> None:
     assert load(Run, None, ["run_dir=x"]) == Run(run_dir=Path("x"))
 
 
+class Either(Options):
+    alternatives = (("epochs", "steps"),)
+    epochs: int | None = None
+    steps: int | None = None
+
+
+class Eithers(Options):
+    epochs: int = 1
+    whole: Either = Either()
+    parts: tuple[Either, ...] = ()
+
+
+def test_an_override_takes_the_place_of_its_alternative(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("whole: {epochs: 1}\nparts: [{epochs: 2}, {steps: 3}]\n")
+
+    def given(*overrides: str) -> Eithers:
+        return load(Eithers, file, overrides)
+
+    assert given("whole.steps=5").whole == Either(steps=5)
+    assert given("parts.1.epochs=5") == given().model_copy(update={"parts": (Either(epochs=2), Either(epochs=5))})
+    assert given("whole.steps=5", "whole.epochs=6").whole == Either(steps=5, epochs=6), "two overrides both stand"
+    assert given("whole.steps=null").whole == Either(epochs=1), "null takes no place"
+    assert given("epochs=4").whole == Either(epochs=1), "alternatives stand in one mapping"
+
+
 def test_options_are_immutable_and_hashable(file: Path) -> None:
     run = load(Run, file)
     hash(run)
