@@ -163,7 +163,7 @@ def _drop_alternatives(
     """An override takes the place of its alternatives, unless these are overrides too: then both stand, and collide."""
     parent, _, name = override.partition("=")[0].rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(node, DictConfig) or OmegaConf.to_container(node)[name] is None:
+    if not isinstance(node, DictConfig) or node._get_node(name)._is_none():  # type: ignore[union-attr]
         return
     generic = re.sub(r"\.\d+(?=\.|$)", ".0", parent)
     for other in {other for place, group in groups if place == generic and name in group for other in group} - {name}:
