@@ -28,21 +28,32 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _mix_integer(x: int) -> int:
+    """The same of a Python integer, in a tenth of the time that tensors of one number take."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * _MIX_1 % 2**64
+    x = (x ^ (x >> 27)) * _MIX_2 % 2**64
+    x ^= x >> 31
+    return x - 2**64 if x >> 63 else x
+
+
 def key(*parts: int | str | Tensor) -> Tensor:
     """Hash integers, names and int64 tensors (broadcast against each other) into int64 keys of their common shape.
 
     >>> key(0, torch.arange(4), "mask").shape
     torch.Size([4])
     """
-    state = torch.zeros((), dtype=torch.int64)
+    state: int | Tensor = 0
     for part in parts:
         if isinstance(part, str):
             part = zlib.crc32(part.encode())
-        if isinstance(part, Tensor):
-            state = state.to(part.device)
-        value = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.int64)
-        state = _mix(state * 31 + value + _GOLDEN)
-    return state
+        if isinstance(part, Tensor) and isinstance(state, int):
+            state = torch.full((), state, dtype=torch.int64, device=part.device)
+        if isinstance(state, Tensor):
+            state = _mix(state * 31 + part + _GOLDEN)
+        else:
+            state = _mix_integer(state * 31 + int(part) + _GOLDEN)
+    return state if isinstance(state, Tensor) else torch.tensor(state, dtype=torch.int64)
 
 
 def uniform(keys: Tensor, n: int) -> Tensor:
