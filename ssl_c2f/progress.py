@@ -9,6 +9,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -118,18 +119,19 @@ class Count(_LiveLine):
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
-    """Print a table: drawn in a terminal, columns padded with spaces elsewhere."""
+    """Print a table: drawn in a terminal that is wide enough, columns padded with spaces elsewhere."""
     console = console or Console()
     cells = [[str(cell) for cell in row] for row in rows]
-    if not console.is_terminal:
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [columns, *cells]]
-        console.print("\n".join([title, *lines]), markup=False, highlight=False, soft_wrap=True)
-        return
     drawn = Table(*columns, title=Text(title), title_justify="left")
     for row in cells:
         drawn.add_row(*map(Text, row))
-    console.print(drawn)
+    width = Measurement.get(console, console.options.update(max_width=10_000), drawn).maximum
+    if not console.is_terminal or width > console.width:
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [columns, *cells]]
+        console.print("\n".join([title, *lines]), markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(drawn)
 
 
 def _left(elapsed: float, done: float, left: float) -> str:
