@@ -74,10 +74,19 @@ class RunOptions(Options):
             raise ValueError(f"phases: names must differ, not {', '.join(names)}")
         if self.optim.lr is not None and all(phase.lr is not None for phase in self.phases):
             raise ValueError("optim.lr has no effect: every phase sets its own lr (phases.0.lr=...)")
+        if self.fine_geometry.overlaps:
+            self._may_overlap()
         for phase, geometry in zip(self.phases, self.geometries, strict=True):
             if geometry.num_tokens < 2:
                 raise ValueError(f"phase {phase.name}: a clip of {self.audio.clip_seconds:g} s is a single token")
         return self
+
+    def _may_overlap(self) -> None:
+        stride = "model.stride_f and model.stride_t"
+        if self.objective.name != "supervised":
+            raise ValueError(f"{stride}: patches that overlap show objective {self.objective.name} what it should tell")
+        if own := next((phase.name for phase in self.phases if phase.patch_f or phase.patch_t), None):
+            raise ValueError(f"{stride}: phase {own} has a patch of its own; patches that overlap need one for all")
 
     @cached_property
     def geometries(self) -> list[Geometry]:
@@ -95,7 +104,8 @@ class RunOptions(Options):
         phases: list[tuple[int, tuple[int, int] | None]] = [
             (phase.time_factor, (phase.patch_f or patch[0], phase.patch_t or patch[1])) for phase in self.phases
         ]
-        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)])
+        stride = (self.model.stride_f or patch[0], self.model.stride_t or patch[1])
+        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride)
 
     def mask_ratio(self, phase: PhaseOptions) -> float:
         return phase.mask_ratio or self.mask.ratio

@@ -105,7 +105,7 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
     t = prepare(run, build(run, phase), phase.first_step)
     if newest := checkpoint.newest(folder.checkpoints):
         saved = checkpoint.load(newest)
-        if saved.state["geometry"] != geometry.to_dict():
+        if Geometry(**saved.state["geometry"]) != geometry:
             raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
         _load(t, saved.model, saved.ema)
         optim.restore_moments(t.optimizer, saved.optimizer or {})

@@ -26,7 +26,7 @@ class SupervisedOptions(Options):
     """Single-label data are learned with cross-entropy, multi-label data with a sigmoid for each class."""
 
     name: Literal["supervised"] = "supervised"
-    head: HeadKind = Field("mean_pool", description="linear: a probe, the encoder is frozen")
+    head: HeadKind = Field("mean_pool", description="ast: mean of the class tokens; linear: a probe, encoder frozen")
     labels: Literal["single", "multi"] = "single"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
@@ -40,7 +40,7 @@ class Supervised(nn.Module):
         super().__init__()
         self.options, self.geometry = options, geometry
         self.encoder = Encoder(model, geometry)
-        self.head = Head(options.head, model.width, num_classes)
+        self.head = Head(options.head, model.width, num_classes, model.class_tokens)
         self.frozen = options.head == "linear"
         self.encoder.requires_grad_(not self.frozen)
 
@@ -78,12 +78,13 @@ class Supervised(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        return read_out(self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid), batch.valid, kind)
+        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input."""
-        return {"input": batch.spec[:, : batch.geometry.columns * batch.geometry.patch_t]}
+        return {"input": batch.spec[:, : batch.geometry.covered]}
 
 
 def supervised_cost(
