@@ -165,6 +165,8 @@ def save(run: Run, phase: Phase, t: Training) -> None:
         "classes": list(run.corpus.manifest.classes),
         "options": o.model_dump(mode="json", include={"audio", "model", "objective", "compression", "seed", "ema"}),
     }
+    if run.initial and run.initial.source:  # whose weights these come from, and their licence
+        state["source"] = dict(run.initial.source)
     tensors = {"model": t.objective.state_dict(), **({"ema": t.ema} if t.ema is not None else {})}
     folder = run.phase_folder(phase).checkpoints
     checkpoint.save(folder, t.step, tensors, state, optim.moments(t.optimizer), keep=o.train.keep)

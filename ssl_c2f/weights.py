@@ -77,6 +77,17 @@ def find_published(path: Path) -> Path | None:
     return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), None)
 
 
+def results_folder(origin: Path) -> Path:
+    """Where results of weights go: runs/NAME of runs/NAME/phases/0-coarse/checkpoints/step-00000001, FOLDER of
+    FOLDER/checkpoints/step-00000000 (what `convert` writes), and runs/NAME of a published file NAME.pth."""
+    if origin.is_file():
+        return Path("runs") / (origin.parent.name if origin.stem in ("model", "pytorch_model") else origin.stem)
+    parents = origin.parents
+    if len(parents) > 3 and parents[2].name == "phases":
+        return parents[3]
+    return parents[1] if origin.parent.name == "checkpoints" else origin
+
+
 def load_weights(path: Path, which: Which = "auto") -> Weights:
     """Open a checkpoint, ours or published; `auto` takes the moving average where there is one.
 
