@@ -127,8 +127,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 def load_published(file: Path) -> dict[str, Tensor]:
     """The weights in a file that others made, on the CPU: safetensors, or what torch.save wrote.
 
-    A pickle is a program. Only tensors, plain containers and argparse.Namespace (AudioMAE keeps its settings in one) are
-    built from it; anything else is refused before it runs.
+    A pickle is a program. Only tensors, plain containers and argparse.Namespace (AudioMAE keeps its settings in one)
+    are built from it; anything else is refused before it runs.
 
     Raises:
         UserError: it is damaged, holds more than data, or no weights.

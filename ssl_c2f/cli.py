@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--measure", action="store_true", help="also run a step of every phase on this machine")
     sub.add_argument("--clips", type=int, default=None, help="clips of an epoch, where there is no data.root to count")
     words_of(sub)
-    sub = command("convert", _convert, "weights that others published (AST, SSAST, AudioMAE, transformers, timm) to ours")
+    sub = command("convert", _convert, "weights of AST, SSAST, AudioMAE, transformers or timm, as a checkpoint of ours")
     sub.add_argument("file", type=Path, metavar="FILE", help="a file of weights, or a folder of transformers'")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, which --ckpt takes")
     words_of(sub, "what the file does not say, such as mean=-4.27 std=4.57 stride_t=10 labels=NAMES.txt")

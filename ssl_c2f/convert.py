@@ -57,7 +57,8 @@ def notice(source: Mapping[str, str]) -> str:
     """Whose weights these are, and on what terms; empty where they are one's own."""
     if not source:
         return ""
-    link = next((link for name, link in _LINKS.items() if source["licence"].startswith(name)), "see there")
+    licence = source["licence"].lower()
+    link = next((link for name, link in _LINKS.items() if licence.startswith(name.lower())), "see there")
     return (
         f"These weights derive from {source['kind']} weights ({source['file']}) that others published:\n"
         f"  source   {source['url']}\n  licence  {source['licence']}\n  text     {link}\n"

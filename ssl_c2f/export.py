@@ -1,4 +1,4 @@
-"""`ssl_c2f export`: trained weights for those who do not have ssl_c2f. What leaves is at full resolution (time factor 1).
+"""`ssl_c2f export`: trained weights for those who do not have ssl_c2f, at full resolution (time factor 1).
 
 hf           config.json, preprocessor_config.json, model.safetensors: transformers' ASTForAudioClassification
 onnx         model.onnx from log-mel (B, T, F), normalisation inside; model.json
@@ -10,6 +10,7 @@ Legend: B batch, T frames, F mel bins, (F', T') grid of N tokens, D width, C cla
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -96,9 +97,11 @@ def _to_hf(weights: Weights, out: Path) -> None:
     write_bytes(out / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     for name, content in _hf_configs(options, weights, geometry, statistics).items():
         write_text(out / name, json.dumps(content, indent=2) + "\n")
-    licence = weights.source.get("licence", "other")
+    licence = weights.source.get("licence", "")
+    known = re.match(r"[\w.-]+", licence)
+    said = f"license: {known[0].lower()}\nlicense_name: {json.dumps(licence)}\n" if known else ""
     write_text(out / "README.md", (
-        f"---\nlicense: {json.dumps(licence)}\nlibrary_name: transformers\npipeline_tag: audio-classification\n---\n"
+        f"---\n{said}library_name: transformers\npipeline_tag: audio-classification\n---\n"
         f"An audio spectrogram transformer of {len(weights.classes)} classes, exported by ssl_c2f for clips of "
         f"{geometry.covered} frames.\nTransformers fills shorter clips up with zeros and attends to them.\n"
     ))

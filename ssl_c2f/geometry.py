@@ -141,9 +141,10 @@ class Geometry:
         Column j at time factor C stands at C j + (C - 1) / 2: the mean of the fine columns that it covers. Patches that
         overlap stand closer together.
         """
-        rows = (torch.arange(self.grid_f) * (self.stride_f / self.patch_f) + 0.5) * (self.patch_f / self.unit_mels) - 0.5
+        rows = torch.arange(self.grid_f) * (self.stride_f / self.patch_f) + 0.5
+        columns = torch.arange(self.grid_t) * (self.stride_t / self.patch_t) + 0.5
         span = self.patch_t * self.pool * self.hop / self.unit_samples
-        return rows, (torch.arange(self.grid_t) * (self.stride_t / self.patch_t) + 0.5) * span - 0.5
+        return rows * (self.patch_f / self.unit_mels) - 0.5, columns * span - 0.5
 
     def digest(self) -> str:
         """Short name of what a recording's spectrogram depends on: its statistics are kept under it."""

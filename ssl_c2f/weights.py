@@ -135,7 +135,7 @@ class ImportOptions(Options):
     heads: int | None = Field(None, ge=1, description="of attention; width / 64")
     frames: int = Field(1024, ge=1, description="of a clip, where the weights are an image's")
     mean: float | None = Field(None, description="of the log-mel input; AudioSet's")
-    std: float | None = Field(None, gt=0, description="of the log-mel input, which is divided by twice of it; AudioSet's")
+    std: float | None = Field(None, gt=0, description="of the log-mel input; AudioSet's; twice of it divides")
     labels: str | None = Field(None, description="a text file with the name of a class in each line")
     several: bool | None = Field(None, description="several labels per clip; true with AudioSet's 527 classes")
 
@@ -252,12 +252,13 @@ def _classes(num_classes: int, options: ImportOptions, config: Mapping[str, Any]
 
 def _licence(found: published.Published, file: Path) -> str:
     """What the model card beside the file says, else what its kind is published under."""
-    card = file.parent / "README.md"
-    if found.kind is published.HF and card.exists():
-        head = card.read_text(encoding="utf-8", errors="replace").split("---")
+    readme = file.parent / "README.md"
+    if found.kind is published.HF and readme.exists():
+        head = readme.read_text(encoding="utf-8", errors="replace").split("---")
         try:
-            said = yaml.safe_load(head[1])["license"] if len(head) > 2 else None
-        except (yaml.YAMLError, KeyError, TypeError):
+            card = yaml.safe_load(head[1]) if len(head) > 2 else {}
+            said = card.get("license_name") or card.get("license")
+        except (yaml.YAMLError, AttributeError):
             said = None
         return str(said) if said else found.kind.licence
     return found.kind.licence

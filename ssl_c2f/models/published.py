@@ -1,8 +1,8 @@
 """Weights that others published, and ours in the names that others read: names, axes and the order of tokens.
 
-Names and layouts were read off the published code: AST (github.com/YuanGongND/ast; Gong et al., Interspeech 2021), SSAST
-(github.com/YuanGongND/ssast; Gong et al., AAAI 2022), AudioMAE (github.com/facebookresearch/AudioMAE; Huang et al.,
-NeurIPS 2022), transformers' AST, timm's ViT.
+Names and layouts were read off the published code: AST (github.com/YuanGongND/ast; Gong et al., Interspeech 2021),
+SSAST (github.com/YuanGongND/ssast; Gong et al., AAAI 2022), AudioMAE (github.com/facebookresearch/AudioMAE; Huang et
+al., NeurIPS 2022), transformers' AST, timm's ViT.
 
 Legend: D width, (F', T') grid of N = F' T' tokens (ours has index f T' + t), P values of a patch (index f patch_t + t).
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ssl_c2f.options import UserError
 
-AUDIOSET = (-4.2677393, 4.5689974)  # mean and deviation of its log-mel, that AST, SSAST and AudioMAE subtract and divide by
+AUDIOSET = (-4.2677393, 4.5689974)  # mean and deviation of its log-mel: AST, SSAST and AudioMAE normalise with them
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,13 @@ _HF = (
     (_STEM + r"layernorm\.(weight|bias)", r"norm.\1"),
 )
 _HF_HEAD = (
-    (r"classifier\.layernorm\.(weight|bias)", r"head.norm.\1"), (r"classifier\.dense\.(weight|bias)", r"head.classifier.\1"),
+    (r"classifier\.layernorm\.(weight|bias)", r"head.norm.\1"),
+    (r"classifier\.dense\.(weight|bias)", r"head.classifier.\1"),
 )
 
 HF = Kind(
-    "Hugging Face AST", "BSD-3-Clause", "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593",
+    "Hugging Face AST", "BSD-3-Clause, as the AST on the Hub (no model card beside these says otherwise)",
+    "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593, or as the model card says",
     (_STEM + r"embeddings\.patch_embeddings\.projection\.weight",), _HF, _HF_HEAD,
 )
 KINDS = (
@@ -133,7 +135,7 @@ def recognise(state: Mapping[str, Tensor]) -> Kind:
     raise UserError(f"these names are of no kind that is known ({known}): {', '.join([*state][:3])}, ...")
 
 
-def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:  # noqa: B008  (frozen)
+def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
     """Recognise a state dict and bring it into our names, axes and order of tokens.
 
     Class tokens get the positions that were added to them. What is ours is float32.
@@ -149,7 +151,7 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:  
     how: dict[str, str] = {}
     _merge_qkv(encoder, how)
     if "fc_norm.weight" in encoder or "norm.weight" not in encoder:
-        raise UserError(f"{kind.name}: no final norm (norm.weight), as after fine-tuning with mean pooling: not supported")
+        raise UserError(f"{kind.name}: norm.weight is missing (fine-tuning with fc_norm drops it: not supported)")
     kernel, table = (_need(kind, encoder, name) for name in ("patch_embed.proj.weight", "pos_embed"))
     tokens = [_need(kind, encoder, "cls_token"), *([encoder.pop("dist_token")] if "dist_token" in encoder else [])]
     prefix, width = len(tokens), kernel.shape[0]
@@ -180,12 +182,9 @@ def _sorted(kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
             dropped[name] = tensor
         elif new := _renamed(name, kind.heads):
             heads[new] = tensor
-        elif not kind.renames or (new := _renamed(name, kind.renames)):
-            encoder[new or name] = tensor
+        elif (new := _renamed(name, kind.renames) if kind.renames else name) and re.fullmatch(_TIMM, new):
+            encoder[new] = tensor
         else:
-            raise UserError(f"{kind.name}: {name} is no name of this kind")
-    for name in encoder:
-        if not re.fullmatch(_TIMM, name):
             raise UserError(f"{kind.name}: {name} is no name of this kind")
     return encoder, heads, dropped
 
@@ -218,7 +217,7 @@ def _merge_qkv(encoder: dict[str, Tensor], how: dict[str, str]) -> None:
 
 
 def _kernel(kind: Kind, kernel: Tensor, how: dict[str, str]) -> tuple[Tensor, tuple[int, int]]:
-    """(D, channels, ., .) -> (D, P) and the patch (mel bins, frames). AudioMAE's last two axes are time and frequency."""
+    """(D, channels, ., .) -> (D, P), and the patch (mel bins, frames). AudioMAE's last two axes are [t, f]."""
     if kind.name == "AudioMAE":
         kernel = kernel.transpose(2, 3)
         how["encoder.patch_embed.weight"] = "axes [t, f] -> [f, t]"
@@ -240,7 +239,8 @@ def _stride(
         and num_tokens % ((facts.num_mels - patch[0]) // stride[0] + 1) == 0
     ]
     if not fitting:
-        raise UserError(f"AST: {num_tokens} tokens fit neither stride 10x10 nor {patch[0]}x{patch[1]}: give stride_f, stride_t")
+        neither = f"neither stride 10x10 nor {patch[0]}x{patch[1]}"
+        raise UserError(f"AST: {num_tokens} tokens fit {neither}: give stride_f and stride_t")
     other = f"; {num_tokens} tokens would fit stride_f={patch[0]} stride_t={patch[1]} too" if len(fitting) > 1 else ""
     return fitting[0], (f"stride {fitting[0][0]}x{fitting[0][1]} taken, which the file does not say{other}",)
 
@@ -254,7 +254,8 @@ def _positions(
         columns = facts.num_frames // patch[1]
         return _from_image(table, rows, columns, how), (rows, columns)
     if not rows or len(table) % rows:
-        raise UserError(f"{kind.name}: {len(table)} positions are no whole number of columns of {rows}: give num_mels or stride_f")
+        whole = f"no whole number of columns of {rows}"
+        raise UserError(f"{kind.name}: {len(table)} positions are {whole}: give num_mels or stride_f")
     columns = len(table) // rows
     if kind.name == "AudioMAE":
         how["encoder.positions"] = "order t F' + f -> f T' + t"
