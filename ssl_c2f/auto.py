@@ -1,4 +1,7 @@
-"""`ssl_c2f.create_model` and `ssl_c2f.list_models`: a model by name, path or repository on the Hub."""
+"""`ssl_c2f.create_model` and `ssl_c2f.list_models`: a model by name, path or repository on the Hub.
+
+Legend: B batch, S samples, C classes, D width.
+"""
 
 from __future__ import annotations
 

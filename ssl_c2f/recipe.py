@@ -85,7 +85,7 @@ class RunOptions(Options):
         stride = "model.stride_f and model.stride_t"
         if self.objective.name != "supervised":
             raise ValueError(f"{stride}: patches that overlap show objective {self.objective.name} what it should tell")
-        if own := next((phase.name for phase in self.phases if phase.patch_f or phase.patch_t), None):
+        if own := next((phase.name for phase in self.phases if _own_patch(phase, (1, 1))), None):
             raise ValueError(f"{stride}: phase {own} has a patch of its own; patches that overlap need one for all")
 
     @cached_property
@@ -102,7 +102,7 @@ class RunOptions(Options):
     def _all_geometries(self) -> list[Geometry]:
         patch = (self.model.patch_f, self.model.patch_t)
         phases: list[tuple[int, tuple[int, int] | None]] = [
-            (phase.time_factor, (phase.patch_f or patch[0], phase.patch_t or patch[1])) for phase in self.phases
+            (phase.time_factor, _own_patch(phase, patch)) for phase in self.phases
         ]
         stride = (self.model.stride_f or patch[0], self.model.stride_t or patch[1])
         return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride)
@@ -129,6 +129,10 @@ class RunOptions(Options):
 
     def build(self, geometry: Geometry, num_classes: int) -> Objective:
         return build_objective(self.model, self.objective, geometry, num_classes)
+
+
+def _own_patch(phase: PhaseOptions, patch: tuple[int, int]) -> tuple[int, int] | None:
+    return (phase.patch_f or patch[0], phase.patch_t or patch[1]) if phase.patch_f or phase.patch_t else None
 
 
 @dataclass(frozen=True)

@@ -196,4 +196,4 @@ def test_a_head_starts_without_an_opinion(kind: HeadKind) -> None:
     logits = head(torch.randn(50, 7, 16), None)
     assert logits.shape == (50, 3) and logits.abs().max() < 1
     own = {name for name, _ in head.named_parameters()}
-    assert ("norm.weight" in own) == (kind == "mean_pool")
+    assert ("norm.weight" in own) == (kind in ("mean_pool", "ast"))
