@@ -130,6 +130,10 @@ class Geometry:
         """Real columns of tokens of a clip of so many real frames: as few as cover them all."""
         return _columns(num_frames, self.patch_t, self.stride_t)
 
+    def tokens_in(self, seconds: float) -> int:
+        """Columns of tokens that a length of time spans: the nearest number of them, at least one."""
+        return max(1, round(seconds * self.sample_rate / (self.patch_t * self.crop_step)))
+
     @property
     def crop_step(self) -> int:
         """Crops start at multiples of this many samples, so that a crop's spectrogram is a crop of the spectrogram."""

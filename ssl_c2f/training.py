@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_c2f import checkpoint, cost, distributed, draws, optim
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import num_masked
 from ssl_c2f.objectives import Objective
 from ssl_c2f.options import UserError
 from ssl_c2f.phases import Curriculum, Phase
@@ -46,10 +45,8 @@ class Run:
 
     def costs(self, index: int) -> tuple[int, float]:
         """Tokens that the encoder sees, and FLOPs of a training step, for one clip of a phase."""
-        tokens = self.options.geometries[index].num_tokens
-        if self.options.objective.name != "supervised":
-            tokens -= num_masked(tokens, self.curriculum.phases[index].mask_ratio)
-        return tokens, cost.step_flops(self.options.parts(index, self.corpus.num_classes))
+        parts = self.options.parts(index, self.corpus.num_classes)
+        return cost.seen_tokens(parts), cost.step_flops(parts)
 
     def counters(self, step: int) -> dict[str, float]:
         """Samples, tokens and FLOPs that are behind a step: functions of the step alone."""

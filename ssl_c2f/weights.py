@@ -188,6 +188,8 @@ def _as_weights(
     if num_classes:
         multi = config.get("problem_type") == "multi_label_classification" or num_classes == 527
         objective["labels"] = "multi" if (multi if options.several is None else options.several) else "single"
+    if "mask_token" in state:
+        objective = {"name": "ssast"}
     hidden, width = state["encoder.blocks.0.mlp.fc1.weight"].shape
     model = {
         "width": width, "depth": len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")}),
@@ -274,13 +276,10 @@ def _check(weights: Weights, found: published.Published) -> TransferReport:
         if tensor.shape != weights.state[name].shape:
             there, ours = tuple(weights.state[name].shape), tuple(tensor.shape)
             raise UserError(f"{found.kind.name}: {name} has {there}, our model {ours}")
+    if beside := next((name for name in weights.state if name not in target), None):
+        raise UserError(f"{found.kind.name}: our model has no {beside}")
     moved = [Moved(name, "copied", found.how.get(name, "")) for name in target]
-    beside = [name for name in weights.state if name not in target]
-    if lost := next((name for name in beside if name.startswith(("encoder.", "head."))), None):
-        raise UserError(f"{found.kind.name}: our model has no {lost}")
-    moved += [Moved(name, "dropped") for name in [*beside, *found.dropped]]
-    for name in beside:
-        del weights.state[name]  # type: ignore[attr-defined]
+    moved += [Moved(name, "dropped", str(tuple(tensor.shape))) for name, tensor in found.dropped.items()]
     return TransferReport(tuple(moved))
 
 

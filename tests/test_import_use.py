@@ -72,9 +72,10 @@ def test_published_files_serve_every_command(
     assert cli.main(["predict", *ckpt, str(tones)]) == 0
     assert "class 0" in capsys.readouterr().out
     assert cli.main(["embed", *ckpt, data, "readout=class_token", f"out={tmp_path / 'f.npz'}"]) == 0
-    torch.save(foreign.ssast(), tmp_path / "ssast.pth")
-    assert cli.main(["convert", str(tmp_path / "ssast.pth"), "--out", str(tmp_path / "encoder"), words[1]]) == 0
+    torch.save(foreign.audiomae(), tmp_path / "mae.pth")
+    assert cli.main(["convert", str(tmp_path / "mae.pth"), "--out", str(tmp_path / "encoder"), *words]) == 0
     assert cli.main(["embed", "--ckpt", str(tmp_path / "encoder"), data, f"out={tmp_path / 'e.npz'}"]) == 0
+    assert cli.main(["probe", "--ckpt", str(tmp_path / "encoder"), data, "strengths=[0.01]"]) == 0
     capsys.readouterr()
     assert cli.main(["predict", "--ckpt", str(tmp_path / "encoder"), str(tones)]) == 2
     assert "an encoder alone and has no classifier" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ssl_c2f import cli
-from ssl_c2f.data.front_end import Statistics
+from ssl_c2f.data.front_end import Batch, Statistics
+from ssl_c2f.masking import Mask
 from ssl_c2f.models import published
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.objectives import Objective
@@ -52,6 +54,27 @@ def test_ssast_as_published(tmp_path: Path) -> None:
     assert model.encoder.num_prefix == 2 and weights.geometry.grid == (8, 64)
     assert relative(tokens[:, 2:].mean(1), case["avgtok"]) < 1e-5
     assert relative(tokens[:, :2].mean(1), case["cls"]) < 1e-5
+    published_losses = {"name": "ssast", "passes": "two", "softmax": "predictions"}
+    options = {**weights.options, "objective": published_losses}
+    as_published = rebuild(dataclasses.replace(weights, options=options))
+    result = as_published(batch_of(case, weights))
+    for name, own in (("nce", "nce"), ("mse", "mse"), ("accuracy", "nce_accuracy")):
+        assert relative(result.metrics[own], case[name]) < 1e-5, name
+    sound = model(batch_of(case, weights)).metrics
+    assert relative(sound["nce"], case["nce"]) > 1e-5  # over the targets: another number
+
+
+def batch_of(case: foreign.State, weights: Weights) -> Batch:
+    """The published input with its two masks."""
+    masks, g = [], weights.geometry
+    valid = torch.ones(2, g.num_tokens, dtype=torch.bool)
+    for name in ("mask_mpc", "mask_mpg"):
+        hidden = torch.zeros_like(valid).scatter(1, case[name], True)
+        kept = (~hidden).nonzero()[:, 1].view(2, -1)
+        masks.append(Mask(kept, torch.ones_like(kept, dtype=torch.bool), hidden, valid))
+    rows = torch.arange(2)
+    frames = torch.full((2,), case["input"].shape[1])
+    return Batch(case["input"], frames, rows, rows, torch.zeros(2, 0), g, False, tuple(masks))
 
 
 @torch.no_grad()

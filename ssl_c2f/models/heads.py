@@ -14,7 +14,7 @@ Readout = Literal["mean", "mean_std", "class_token"]
 HeadKind = Literal["mean_pool", "class_token", "ast", "linear"]
 
 
-def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout, prefix: int = 1) -> Tensor:
+def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout, prefix: int) -> Tensor:
     """(B, prefix + K, D), class tokens first -> (B, D), or (B, 2 D) for mean_std. Padding (valid False) has no share.
 
     `class_token` is the mean of the class tokens, where there are two.
@@ -39,7 +39,7 @@ class Head(nn.Module):
 
     Without classes it has no weights: what an encoder that was imported alone comes with."""
 
-    def __init__(self, kind: HeadKind, width: int, num_classes: int, prefix: int = 1) -> None:
+    def __init__(self, kind: HeadKind, width: int, num_classes: int, prefix: int) -> None:
         super().__init__()
         self.readout: Readout = "class_token" if kind in ("class_token", "ast") else "mean"
         self.prefix = prefix

@@ -5,7 +5,7 @@ Legend: B batch, N tokens, C classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import Shape
 from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
@@ -25,6 +26,7 @@ from ssl_c2f.options import Options
 class SupervisedOptions(Options):
     """Single-label data are learned with cross-entropy, multi-label data with a sigmoid for each class."""
 
+    mask_shape: ClassVar[Shape] = "uniform"  # nothing is masked
     name: Literal["supervised"] = "supervised"
     head: HeadKind = Field("mean_pool", description="ast: mean of the class tokens; linear: a probe, encoder frozen")
     labels: Literal["single", "multi"] = "single"
@@ -34,7 +36,7 @@ class SupervisedOptions(Options):
 class Supervised(nn.Module):
     """Encoder of all tokens and a linear head."""
 
-    views = 0
+    views, comparable_loss = 0, True
 
     def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
         super().__init__()
