@@ -42,7 +42,7 @@ class AudioModel(
         # config.json, by which the Hub counts downloads; all facts are in state.json
         self._hub_mixin_config = {"model_type": "ssl_c2f"}
         options = run_options(weights)
-        self.weights, self.geometry = weights, options.fine_geometry
+        self.weights, self.geometry = replace(weights, state={}), options.fine_geometry  # one copy of the tensors
         statistics = weights.statistics.get(self.geometry.digest())
         if statistics is None:
             raise UserError(f"{weights.origin}: no statistics of its input at full resolution")

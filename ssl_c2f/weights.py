@@ -213,13 +213,15 @@ def _as_weights(
         model["positions"] = "sincos"
         found.how["encoder.positions"] = "sine-cosine, made anew for any geometry"
     mean, std, whose = _statistics(options, extractor)
+    eps = config.get("layer_norm_eps", 1e-12 if config else 1e-6)
+    other_eps = (f"layer_norm_eps is {eps:g} in config.json and 1e-06 here",) if eps != 1e-6 else ()
     (f, t), s = found.grid, found.stride
     notes = (
         f"{file}: {found.kind.name}, width {width}, depth {model['depth']}, {f}x{t} patches of "
         f"{found.patch[0]}x{found.patch[1]} at stride {s[0]}x{s[1]}, {model['class_tokens']} class tokens, "
         f"{num_classes or 'no'} classes",
         f"input: (x - {mean:g}) / (2 x {std:g}), {whose}", f"licence of the source: {weights.source['licence']}",
-        *found.notes,
+        *found.notes, *other_eps,
     )
     return replace(weights, geometry=geometry, statistics={geometry.digest(): Statistics(mean, std, 2.0)}, notes=notes)
 
