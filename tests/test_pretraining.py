@@ -103,6 +103,7 @@ def test_32_clips_are_learned_by_heart(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 450 steps: half a minute where nobody else works, and many where somebody does
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_latent_prediction_does_not_collapse(compression: str, tmp_path: Path) -> None:
     """A falling loss says nothing here: that of a constant teacher falls fastest."""

@@ -21,7 +21,7 @@ from ssl_c2f.geometry import Compression, Geometry, make_geometries, make_geomet
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import EncoderOptions
 from ssl_c2f.objectives.ssast import SSAST, Softmax, SSASTOptions, match, squared_error, take
-from ssl_c2f.transfer import resize_match, resize_matrix, transfer
+from ssl_c2f.transfer import resize_head, resize_match, resize_matrix, transfer
 
 FIXTURE = Path(__file__).parents[2] / "shared/fixtures/ssast_tiny_depth2.safetensors"
 TWO = replace(MASKING, views=2)
@@ -214,6 +214,10 @@ def test_the_heads_go_with_the_patch(patch: tuple[int, int], compression: Compre
     heads = {f"{head}.{kind}" for head in ("match_head.to_match", "draw_head.to_patch") for kind in ("weight", "bias")}
     assert resized == (heads | {"encoder.patch_embed.weight"} if compression == "patch" else set())
     assert set(report.count()) <= {"copied", "resized"}
+    if compression == "patch":
+        sizes, state = [(g.patch_f, g.patch_t) for g in (coarse, fine)], model.state_dict()
+        for name, fit in (("match_head.to_match.weight", resize_match), ("draw_head.to_patch.weight", resize_head)):
+            torch.testing.assert_close(result[name], fit(state[name], *sizes))
 
 
 @settings(max_examples=30)

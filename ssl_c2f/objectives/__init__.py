@@ -19,7 +19,7 @@ AnyOptions = MAEOptions | SSASTOptions | LatentOptions | SupervisedOptions
 ObjectiveOptions = Annotated[AnyOptions, Field(discriminator="name")]
 Objective = MAE | SSAST | Latent | Supervised
 
-__all__ = ["Objective", "ObjectiveOptions", "StepResult", "build_objective", "objective_cost"]
+__all__ = ["AnyOptions", "Objective", "ObjectiveOptions", "StepResult", "build_objective", "objective_cost"]
 
 
 def build_objective(model: EncoderOptions, options: AnyOptions, geometry: Geometry, num_classes: int) -> Objective:
