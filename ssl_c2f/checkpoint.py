@@ -11,11 +11,14 @@ checkpoints/
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +122,36 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {file}: {_one_line(error)}") from error
+
+
+def load_published(file: Path) -> dict[str, Tensor]:
+    """The weights in a file that others made, on the CPU: safetensors, or what torch.save wrote.
+
+    A pickle is a program. Only tensors, plain containers and argparse.Namespace (AudioMAE keeps its settings in one)
+    are built from it; anything else is refused before it runs.
+
+    Raises:
+        UserError: it is damaged, holds more than data, or no weights.
+    """
+    if file.suffix == ".safetensors":
+        return load_tensors(file)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol; what is not understood is an error anyway
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage shows as RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{file} is refused: besides weights it holds {found[1]}; nothing of it was run") from None
+        raise UserError(f"{file} cannot be read as weights and plain data: {_one_line(error)}") from None
+    for name in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file}: no weights in it")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{file}: no weights in it")
+    return tensors
 
 
 def _load_optimizer(file: Path) -> dict[str, Any]:

@@ -95,6 +95,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--measure", action="store_true", help="also run a step of every phase on this machine")
     sub.add_argument("--clips", type=int, default=None, help="clips of an epoch, where there is no data.root to count")
     words_of(sub)
+    sub = command("convert", _convert, "weights of AST, SSAST, AudioMAE, transformers or timm, as a checkpoint of ours")
+    sub.add_argument("file", type=Path, metavar="FILE", help="a file of weights, or a folder of transformers'")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, which --ckpt takes")
+    words_of(sub, "what the file does not say, such as mean=-4.27 std=4.57 stride_t=10 labels=NAMES.txt")
+    sub = command("export", _export, "a checkpoint for transformers, ONNX or anything that reads safetensors")
+    sub.add_argument("ckpt", type=Path, metavar="RUN|FILE", help="run folder, phase or checkpoint")
+    sub.add_argument("--format", choices=("hf", "onnx", "safetensors"), required=True)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     sub = command("report", _report, "one HTML page about one or more runs")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.html")
@@ -198,6 +206,20 @@ def _plan(arguments: argparse.Namespace) -> None:
     from ssl_c2f.plan import print_plan
 
     print_plan(config.read_any(arguments.words), clips=arguments.clips, measure=arguments.measure)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from ssl_c2f import options
+    from ssl_c2f.convert import convert
+    from ssl_c2f.weights import ImportOptions
+
+    convert(arguments.file, arguments.out, options.load(ImportOptions, None, arguments.words))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ssl_c2f.export import export
+
+    export(arguments.ckpt, arguments.format, arguments.out)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ input, so training is 3 x forward, and 2 x where no gradient flows into the inpu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Part:
     name: str
     forward: float
     passes: float = 3.0
+    tokens: int = 0  # of the clip that the encoder learns from
 
     @property
     def step(self) -> float:
@@ -35,6 +36,16 @@ def transformer(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
     attention = 2 * linear(tokens, width, tokens)
     mlp = 2 * linear(tokens, width, int(width * mlp_ratio))
     return depth * (projections + attention + mlp)
+
+
+def times(count: int, parts: Sequence[Part]) -> list[Part]:
+    """The same pieces `count` times in a step."""
+    return [replace(part, forward=count * part.forward, tokens=count * part.tokens) for part in parts]
+
+
+def seen_tokens(parts: Sequence[Part]) -> int:
+    """Tokens of one clip that the encoder learns from in one step, over all views; a teacher's are not among them."""
+    return sum(part.tokens for part in parts)
 
 
 def forward_flops(parts: Sequence[Part]) -> float:
@@ -55,6 +66,7 @@ def transformer_bytes(tokens: int, width: int, depth: int, mlp_ratio: float, byt
     return depth * tokens * width * (9 + 2 * mlp_ratio) * bytes_per_value
 
 
-def state_bytes(parameters: int, ema: bool) -> float:
-    """Weights, gradients and two moments in fp32, and the moving average if there is one."""
-    return 4.0 * parameters * (5 if ema else 4)
+def state_bytes(parameters: int, ema: bool, frozen: int = 0) -> float:
+    """Weights, gradients and two moments in fp32, and the moving average if there is one; `frozen` of the parameters
+    (a teacher's, a probe's encoder) have neither gradients nor moments."""
+    return 4.0 * (parameters * (5 if ema else 4) - 3 * frozen)

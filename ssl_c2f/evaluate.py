@@ -77,9 +77,11 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
 
 def require_classifier(model: Model) -> Supervised:
     """The objective as a classifier. Raises UserError: it is none."""
-    if not isinstance(model.objective, Supervised):
+    if not isinstance(model.objective, Supervised) or not model.classes:
+        name = model.options.objective.name
+        what = "an encoder alone" if name == "supervised" else f"of objective {name}"
         raise UserError(
-            f"{model.weights.origin} is of objective {model.options.objective.name} and has no classifier: "
+            f"{model.weights.origin} is {what} and has no classifier: "
             "ssl_c2f finetune makes one (ssl_c2f probe scores its features)"
         )
     return model.objective

@@ -56,6 +56,9 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         UserError: the encoder does not fit the checkpoint, a fold does not exist, a clip has no label.
     """
     weights, stop = load_weights(ckpt, options.weights), stop or Stop()
+    for line in weights.notes:
+        print(line)
+    factor = weights.factor
     if options.statistics == "measure":
         weights = replace(weights, statistics={})
     folder = Path(options.run_dir) if options.run_dir else run_of(weights) / "finetune" / options.name
@@ -68,7 +71,7 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         training, held_out = split(everything.manifest, data)
         corpus = replace(
             everything, training=training, held_out=held_out, folder=path, given=dict(weights.statistics),
-            _statistics={},
+            factor=factor, _statistics={},
         )
         initial = None if options.from_scratch else weights
         engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune")

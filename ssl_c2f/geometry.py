@@ -64,7 +64,7 @@ class Geometry:
     num_mels: int
     f_min: float
     f_max: float
-    num_frames: int  # padded: grid_t * patch_t
+    num_frames: int  # padded: grid_t * patch_t, or more where patches overlap
     pool: int
     pool_kind: Literal["none", "mean", "max"]
     patch_f: int
@@ -74,6 +74,12 @@ class Geometry:
     time_factor: int
     unit_mels: int  # positions are counted in patches of the fine phase: so many mel bins ...
     unit_samples: int  # ... by so many samples
+    stride_f: int = 0  # mel bins from one patch to the next; 0 stands for patch_f: patches that do not overlap
+    stride_t: int = 0  # frames
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stride_f", self.stride_f or self.patch_f)
+        object.__setattr__(self, "stride_t", self.stride_t or self.patch_t)
 
     @cached_property
     def columns(self) -> int:
@@ -95,6 +101,16 @@ class Geometry:
         return self.patch_f * self.patch_t
 
     @property
+    def overlaps(self) -> bool:
+        """Whether some values are in more than one patch."""
+        return (self.stride_f, self.stride_t) != (self.patch_f, self.patch_t)
+
+    @property
+    def covered(self) -> int:
+        """Frames that the real columns span; the last of them may be padding."""
+        return self.patch_t + (self.columns - 1) * self.stride_t
+
+    @property
     def hop_ms(self) -> float:
         return 1000 * self.hop / self.sample_rate
 
@@ -111,8 +127,12 @@ class Geometry:
         return -(-self.raw_frames(num_samples) // self.pool)
 
     def tokens_t(self, num_frames: Count) -> Count:
-        """Real columns of tokens of a clip of so many real frames."""
-        return -(-num_frames // self.patch_t)
+        """Real columns of tokens of a clip of so many real frames: as few as cover them all."""
+        return _columns(num_frames, self.patch_t, self.stride_t)
+
+    def tokens_in(self, seconds: float) -> int:
+        """Columns of tokens that a length of time spans: the nearest number of them, at least one."""
+        return max(1, round(seconds * self.sample_rate / (self.patch_t * self.crop_step)))
 
     @property
     def crop_step(self) -> int:
@@ -122,11 +142,13 @@ class Geometry:
     def positions(self) -> tuple[Tensor, Tensor]:
         """Centres of the grid's rows (F',) and of all its columns (T',), in patches of the fine phase.
 
-        Column j at time factor C stands at C j + (C - 1) / 2: the mean of the fine columns that it covers.
+        Column j at time factor C stands at C j + (C - 1) / 2: the mean of the fine columns that it covers. Patches that
+        overlap stand closer together.
         """
-        rows = (torch.arange(self.grid_f) + 0.5) * (self.patch_f / self.unit_mels) - 0.5
+        rows = torch.arange(self.grid_f) * (self.stride_f / self.patch_f) + 0.5
+        columns = torch.arange(self.grid_t) * (self.stride_t / self.patch_t) + 0.5
         span = self.patch_t * self.pool * self.hop / self.unit_samples
-        return rows, (torch.arange(self.grid_t) + 0.5) * span - 0.5
+        return rows * (self.patch_f / self.unit_mels) - 0.5, columns * span - 0.5
 
     def digest(self) -> str:
         """Short name of what a recording's spectrogram depends on: its statistics are kept under it."""
@@ -142,9 +164,13 @@ def _at_least(count: Count, low: int) -> Count:
     return max(count, low) if isinstance(count, int) else count.clamp(min=low)
 
 
+def _columns(num_frames: Count, patch: int, stride: int) -> Count:
+    return 1 + _at_least(-(-(num_frames - patch) // stride), 0)
+
+
 def make_geometry(
     audio: AudioOptions, compression: Compression, patch: tuple[int, int], time_factor: int = 1, *, multiple: int = 1,
-    unit: tuple[int, int] | None = None,
+    unit: tuple[int, int] | None = None, stride: tuple[int, int] | None = None,
 ) -> Geometry:
     """The geometry of one phase.
 
@@ -152,12 +178,18 @@ def make_geometry(
         patch: (mel bins, frames) of a patch at time factor 1.
         multiple: the padded clip is a multiple of so many fine frames, so that the grids of all phases agree.
         unit: the patch that positions are counted in; by default `patch`.
+        stride: (mel bins, frames) from one patch to the next at time factor 1; by default `patch`. Where it is less,
+            patches overlap, and the highest mel bins that fill no patch are left out (AST, Gong et al., Interspeech
+            2021). The time factor widens patch and stride alike, whatever the compression.
 
     Raises:
-        ValueError: the patch does not divide the mel bins.
+        ValueError: the patch does not divide the mel bins (or, where patches overlap, is higher than they are), or
+            the stride leaves gaps.
     """
-    (patch_f, patch_t), (unit_f, unit_t) = patch, unit or patch
-    if audio.num_mels % patch_f:
+    (patch_f, patch_t), (unit_f, unit_t), (stride_f, stride_t) = patch, unit or patch, stride or patch
+    if stride_f > patch_f or stride_t > patch_t:
+        raise ValueError(f"stride {stride_f}x{stride_t} leaves gaps between patches of {patch_f}x{patch_t}")
+    if audio.num_mels % patch_f if stride_f == patch_f else audio.num_mels < patch_f:
         raise ValueError(f"patch_f {patch_f} does not divide num_mels {audio.num_mels}")
     fine_hop = int(audio.sample_rate * audio.hop_ms / 1000)  # rounded down as Kaldi does
     fine_window = int(audio.sample_rate * audio.window_ms / 1000)
@@ -167,25 +199,32 @@ def make_geometry(
 
     shift = time_factor if compression == "frame_shift" else 1
     pool = time_factor if compression in ("pool_mean", "pool_max") else 1
-    patch_t *= time_factor if compression == "patch" else 1
-    num_frames = padded // (shift * pool)
+    wider = time_factor if compression == "patch" else 1
+    patch_t, stride_t = patch_t * wider, stride_t * wider
+    hop, window = fine_hop * shift, fine_window * (shift if audio.window == "grow" else 1)
+    columns = _columns(-(-(1 + max(clip - window, 0) // hop) // pool), patch_t, stride_t)
+    num_frames = max(padded // (shift * pool), patch_t + (columns - 1) * stride_t)
     return Geometry(
-        sample_rate=audio.sample_rate, clip_samples=clip, hop=fine_hop * shift,
-        window=fine_window * (shift if audio.window == "grow" else 1),
+        sample_rate=audio.sample_rate, clip_samples=clip, hop=hop, window=window,
         num_mels=audio.num_mels, f_min=audio.f_min, f_max=audio.f_max or audio.sample_rate / 2,
         num_frames=num_frames, pool=pool,
         pool_kind="none" if pool == 1 else "mean" if compression == "pool_mean" else "max",
-        patch_f=patch_f, patch_t=patch_t, grid_f=audio.num_mels // patch_f, grid_t=num_frames // patch_t,
-        time_factor=time_factor, unit_mels=unit_f, unit_samples=unit_t * fine_hop,
+        patch_f=patch_f, patch_t=patch_t, grid_f=(audio.num_mels - patch_f) // stride_f + 1,
+        grid_t=(num_frames - patch_t) // stride_t + 1, time_factor=time_factor, unit_mels=unit_f,
+        unit_samples=unit_t * fine_hop, stride_f=stride_f, stride_t=stride_t,
     )
 
 
 def make_geometries(
     audio: AudioOptions, compression: Compression, patch: tuple[int, int],
-    phases: Sequence[tuple[int, tuple[int, int] | None]],
+    phases: Sequence[tuple[int, tuple[int, int] | None]], stride: tuple[int, int] | None = None,
 ) -> list[Geometry]:
-    """One geometry per (time factor, patch or None for `patch`), all padded to the same span."""
+    """One geometry per (time factor, patch or None for `patch`), all padded to the same span.
+
+    Where a `stride` makes patches overlap, a last column may reach beyond that span.
+    """
     multiple = math.lcm(patch[1], *((own or patch)[1] * factor for factor, own in phases))
     return [
-        make_geometry(audio, compression, own or patch, factor, multiple=multiple, unit=patch) for factor, own in phases
+        make_geometry(audio, compression, own or patch, factor, multiple=multiple, unit=patch, stride=own or stride)
+        for factor, own in phases
     ]

@@ -26,7 +26,7 @@ from ssl_c2f.options import Options, UserError
 from ssl_c2f.progress import Count
 from ssl_c2f.recipe import RunOptions
 from ssl_c2f.validate import at_full_resolution, batches, mean_by_clip
-from ssl_c2f.weights import Weights, Which, load_weights, rebuild, run_options
+from ssl_c2f.weights import Weights, Which, load_weights, rebuild, results_folder, run_options
 
 
 class InferenceOptions(Options):
@@ -87,6 +87,8 @@ class Rows:
 def open_model(ckpt: Path, options: InferenceOptions) -> Model:
     """Raises UserError: no such checkpoint, or no such device."""
     weights, device = load_weights(ckpt, options.weights), distributed.init(options.device).device
+    for line in weights.notes:
+        print(line)
     made_by = run_options(weights)
     if options.resolution == "trained":
         objective, geometry = rebuild(weights, device), weights.geometry
@@ -97,9 +99,8 @@ def open_model(ckpt: Path, options: InferenceOptions) -> Model:
 
 
 def run_of(weights: Weights) -> Path:
-    """The run folder of a checkpoint: runs/NAME of runs/NAME/phases/0-coarse/checkpoints/step-00000001."""
-    step = Path(weights.origin)
-    return step.parents[3] if len(step.parents) > 3 and step.parents[2].name == "phases" else step
+    """The folder that results of a checkpoint go to (see `results_folder`)."""
+    return results_folder(Path(weights.origin))
 
 
 def in_folds(manifest: Manifest, folds: Sequence[int]) -> list[int]:

@@ -23,7 +23,7 @@ from ssl_c2f.options import Options, UserError
 from ssl_c2f.progress import table
 from ssl_c2f.run import write_text
 from ssl_c2f.schedule import Chain, Task
-from ssl_c2f.weights import find_checkpoint, load_weights
+from ssl_c2f.weights import find_checkpoint, find_published, load_weights, results_folder
 
 _POLL_SECONDS = 2.0
 
@@ -160,7 +160,7 @@ def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Res
 
 def _evaluation(arguments: argparse.Namespace) -> Work:
     ckpt = arguments.ckpt.resolve()
-    find_checkpoint(ckpt)
+    find_published(ckpt) or find_checkpoint(ckpt)
     options = files.load(EvaluateOptions, None, arguments.words)
     path = (arguments.run_dir or find_run(ckpt)).resolve()
     file = path / FOLDER / "evaluate.yaml"
@@ -170,8 +170,8 @@ def _evaluation(arguments: argparse.Namespace) -> Work:
 
 def find_run(ckpt: Path) -> Path:
     """The run that a checkpoint lies in."""
-    folder = find_checkpoint(ckpt)
-    return next((parent for parent in folder.parents if (parent / "config.yaml").exists()), folder)
+    found = find_published(ckpt) or find_checkpoint(ckpt)
+    return next((parent for parent in found.parents if (parent / "config.yaml").exists()), results_folder(found))
 
 
 def _folder(arguments: argparse.Namespace, options: Any, default: Path) -> Path:

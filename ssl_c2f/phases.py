@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ssl_c2f.options import Options
 
-Shape = Literal["uniform", "cluster", "time", "frequency", "inverse_block"]
+Shape = Literal["uniform", "cluster", "time", "frequency", "inverse_block", "one_way_cluster"]
 
 LENGTHS = ("epochs", "steps", "samples", "flops")
 

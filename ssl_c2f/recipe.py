@@ -14,7 +14,7 @@ from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.front_end import Masking
 from ssl_c2f.geometry import AudioOptions, Compression, Geometry, make_geometries
-from ssl_c2f.masking import MaskOptions, num_masked
+from ssl_c2f.masking import MaskOptions
 from ssl_c2f.models.vit import EncoderOptions
 from ssl_c2f.objectives import Objective, ObjectiveOptions, build_objective, objective_cost
 from ssl_c2f.objectives.mae import MAEOptions
@@ -74,10 +74,19 @@ class RunOptions(Options):
             raise ValueError(f"phases: names must differ, not {', '.join(names)}")
         if self.optim.lr is not None and all(phase.lr is not None for phase in self.phases):
             raise ValueError("optim.lr has no effect: every phase sets its own lr (phases.0.lr=...)")
+        if self.fine_geometry.overlaps:
+            self._may_overlap()
         for phase, geometry in zip(self.phases, self.geometries, strict=True):
             if geometry.num_tokens < 2:
                 raise ValueError(f"phase {phase.name}: a clip of {self.audio.clip_seconds:g} s is a single token")
         return self
+
+    def _may_overlap(self) -> None:
+        stride = "model.stride_f and model.stride_t"
+        if self.objective.name != "supervised":
+            raise ValueError(f"{stride}: patches that overlap show objective {self.objective.name} what it should tell")
+        if own := next((phase.name for phase in self.phases if _own_patch(phase, (1, 1))), None):
+            raise ValueError(f"{stride}: phase {own} has a patch of its own; patches that overlap need one for all")
 
     @cached_property
     def geometries(self) -> list[Geometry]:
@@ -93,9 +102,10 @@ class RunOptions(Options):
     def _all_geometries(self) -> list[Geometry]:
         patch = (self.model.patch_f, self.model.patch_t)
         phases: list[tuple[int, tuple[int, int] | None]] = [
-            (phase.time_factor, (phase.patch_f or patch[0], phase.patch_t or patch[1])) for phase in self.phases
+            (phase.time_factor, _own_patch(phase, patch)) for phase in self.phases
         ]
-        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)])
+        stride = (self.model.stride_f or patch[0], self.model.stride_t or patch[1])
+        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride)
 
     def mask_ratio(self, phase: PhaseOptions) -> float:
         return phase.mask_ratio or self.mask.ratio
@@ -108,17 +118,21 @@ class RunOptions(Options):
     def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
         return make_curriculum(
             self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, min_lr_ratio=self.optim.min_lr_ratio,
-            mask_ratio=self.mask.ratio, mask_shape=self.mask.shape,
+            mask_ratio=self.mask.ratio, mask_shape=self.mask.shape or self.objective.mask_shape,
             flops_per_clip=[cost.step_flops(self.parts(i, num_classes)) for i in range(len(self.phases))],
         )
 
     def masking(self, phase: Phase, objective: Objective) -> Masking | None:
         if not objective.views:
             return None
-        return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, objective.views)
+        return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, objective.views, self.mask.seconds)
 
     def build(self, geometry: Geometry, num_classes: int) -> Objective:
         return build_objective(self.model, self.objective, geometry, num_classes)
+
+
+def _own_patch(phase: PhaseOptions, patch: tuple[int, int]) -> tuple[int, int] | None:
+    return (phase.patch_f or patch[0], phase.patch_t or patch[1]) if phase.patch_f or phase.patch_t else None
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class PhasePlan:
     frames: int
     grid: tuple[int, int]
     tokens: int
-    kept: int
+    kept: int  # tokens of a clip that the encoder learns from, over all views
     batch_size: int
     steps: int
     clips: int
@@ -170,12 +184,14 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
     with torch.random.fork_rng():
         objective = options.build(options.geometries[-1], num_classes)
     parameters = sum(p.numel() for p in objective.parameters())
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
     phases = [_phase_plan(options, phase, num_classes) for phase in curriculum.phases]
     limit = options.train.max_batch_per_device or max(p.batch_size for p in phases)
     last_ratio = options.mask_ratio(options.phases[-1])
     fine = objective_cost(options.model, options.objective, options.fine_geometry, last_ratio, num_classes)
     return Plan(
-        phases=tuple(phases), parameters=parameters, state_mb=cost.state_bytes(parameters, options.ema > 0) / 1e6,
+        phases=tuple(phases), parameters=parameters,
+        state_mb=cost.state_bytes(parameters, options.ema > 0, frozen) / 1e6,
         pflops=sum(p.pflops for p in phases),
         single_phase_pflops=sum(p.clips for p in phases) * cost.step_flops(fine) / 1e15,
         rehearsal_pflops=sum(2 * min(2 * limit, p.batch_size) * p.gflops_per_clip for p in phases) / 1e6,
@@ -184,19 +200,16 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
 
 def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePlan:
     geometry, parts = options.geometries[phase.index], options.parts(phase.index, num_classes)
-    masked = num_masked(geometry.num_tokens, phase.mask_ratio) if options.objective.name != "supervised" else 0
-    per_clip, model = cost.step_flops(parts), options.model
+    per_clip, tokens, model = cost.step_flops(parts), cost.seen_tokens(parts), options.model
     clips = phase.steps * phase.batch_size
     return PhasePlan(
         name=phase.name, time_factor=phase.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
         frames=geometry.frames(geometry.clip_samples), grid=geometry.grid, tokens=geometry.num_tokens,
-        kept=geometry.num_tokens - masked, batch_size=phase.batch_size, steps=phase.steps, clips=clips,
+        kept=tokens, batch_size=phase.batch_size, steps=phase.steps, clips=clips,
         gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
         pflops=per_clip * clips / 1e15,
         parts={part.name: part.step / 1e9 for part in parts},
-        activation_mb_per_clip=cost.transformer_bytes(
-            geometry.num_tokens - masked, model.width, model.depth, model.mlp_ratio
-        ) / 1e6,
+        activation_mb_per_clip=cost.transformer_bytes(tokens, model.width, model.depth, model.mlp_ratio) / 1e6,
     )
 
 

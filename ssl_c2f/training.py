@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_c2f import checkpoint, cost, distributed, draws, optim
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import num_masked
 from ssl_c2f.objectives import Objective
 from ssl_c2f.options import UserError
 from ssl_c2f.phases import Curriculum, Phase
@@ -46,10 +45,8 @@ class Run:
 
     def costs(self, index: int) -> tuple[int, float]:
         """Tokens that the encoder sees, and FLOPs of a training step, for one clip of a phase."""
-        tokens = self.options.geometries[index].num_tokens
-        if self.options.objective.name != "supervised":
-            tokens -= num_masked(tokens, self.curriculum.phases[index].mask_ratio)
-        return tokens, cost.step_flops(self.options.parts(index, self.corpus.num_classes))
+        parts = self.options.parts(index, self.corpus.num_classes)
+        return cost.seen_tokens(parts), cost.step_flops(parts)
 
     def counters(self, step: int) -> dict[str, float]:
         """Samples, tokens and FLOPs that are behind a step: functions of the step alone."""
@@ -105,7 +102,7 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
     t = prepare(run, build(run, phase), phase.first_step)
     if newest := checkpoint.newest(folder.checkpoints):
         saved = checkpoint.load(newest)
-        if saved.state["geometry"] != geometry.to_dict():
+        if Geometry(**saved.state["geometry"]) != geometry:
             raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
         _load(t, saved.model, saved.ema)
         optim.restore_moments(t.optimizer, saved.optimizer or {})
@@ -165,6 +162,8 @@ def save(run: Run, phase: Phase, t: Training) -> None:
         "classes": list(run.corpus.manifest.classes),
         "options": o.model_dump(mode="json", include={"audio", "model", "objective", "compression", "seed", "ema"}),
     }
+    if run.initial and run.initial.source:  # whose weights these come from, and their licence
+        state["source"] = dict(run.initial.source)
     tensors = {"model": t.objective.state_dict(), **({"ema": t.ema} if t.ema is not None else {})}
     folder = run.phase_folder(phase).checkpoints
     checkpoint.save(folder, t.step, tensors, state, optim.moments(t.optimizer), keep=o.train.keep)

@@ -56,8 +56,9 @@ def transfer(
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """Fit a state dict to a model of another geometry.
 
-    Patch kernels are PI-resized, the rows of reconstruction heads resized like the patch that they draw, learned
-    positions interpolated in physical time. Sine-cosine positions are no part of the state: a model computes its own.
+    Patch kernels are PI-resized, the rows of reconstruction heads (`to_patch`) resized like the patch that they draw,
+    those of heads whose output is multiplied with a patch (`to_match`) PI-resized like kernels, learned positions
+    interpolated in physical time. Sine-cosine positions are no part of the state: a model computes its own.
 
     Args:
         state: tensors of the model that was trained in `source`.
@@ -65,7 +66,8 @@ def transfer(
             these values (reinitialised).
 
     Raises:
-        UserError: an encoder tensor, of either, can be neither copied nor resized.
+        UserError: a tensor of an encoder or a teacher, of either, can be neither copied nor resized; but what has no
+            teacher may take an encoder from what has one.
     """
     moved: list[Moved] = []
     result: dict[str, Tensor] = {}
@@ -74,14 +76,15 @@ def transfer(
         if value is not None and value.shape != wanted.shape:
             detail = f"checkpoint has {tuple(value.shape)}, the model {tuple(wanted.shape)}"
             value = None
-        if value is None and name.startswith("encoder."):
-            raise UserError(f"the encoder does not fit the checkpoint: {name}: {detail}")
+        if value is None and name.startswith(("encoder.", "teacher.")):
+            raise UserError(f"the {name.partition('.')[0]} does not fit the checkpoint: {name}: {detail}")
         action: Action = "reinitialised" if value is None else "resized" if detail else "copied"
         moved.append(Moved(name, action, detail))
         result[name] = (wanted if value is None else value).detach().clone()
     dropped = [name for name in state if name not in target]
-    if lost := next((name for name in dropped if name.startswith("encoder.")), None):
-        raise UserError(f"the encoder does not fit the checkpoint: {lost}: not in the model")
+    whole = ("encoder.", "teacher.") if any(name.startswith("teacher.") for name in target) else ("encoder.",)
+    if lost := next((name for name in dropped if name.startswith(whole)), None):
+        raise UserError(f"the {lost.partition('.')[0]} does not fit the checkpoint: {lost}: not in the model")
     moved += [Moved(name, "dropped", str(tuple(state[name].shape))) for name in dropped]
     return result, TransferReport(tuple(moved))
 
@@ -96,6 +99,8 @@ def _fit(name: str, tensor: Tensor | None, source: Geometry, target: Geometry) -
         return resize_kernel(tensor, old, new), f"{patches}, pseudo-inverse"
     if name.endswith(("to_patch.weight", "to_patch.bias")) and old != new:
         return resize_head(tensor, old, new), f"{patches}, area"
+    if name.endswith(("to_match.weight", "to_match.bias")) and old != new:
+        return resize_match(tensor, old, new), f"{patches}, pseudo-inverse"
     if name.endswith("positions") and not _same_places(source, target):
         return interpolate_positions(tensor, source, target), f"grid {source.grid} -> {target.grid}, in physical time"
     return tensor, ""
@@ -131,6 +136,15 @@ def resize_kernel(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
 def resize_head(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """(P_old, ...) -> (P_new, ...): the head draws the same patch at another size."""
     return (resize_matrix(old, new).to(tensor.device) @ tensor.double()).to(tensor.dtype)
+
+
+def resize_match(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(P_old, ...) -> (P_new, ...) such that what the head gives, times a resized patch, is the same number.
+
+    Exact where the patch grows; the least-squares best where it shrinks, as for a kernel.
+    """
+    inverse: Tensor = torch.linalg.pinv(resize_matrix(old, new))
+    return (inverse.T.to(tensor.device) @ tensor.double()).to(tensor.dtype)
 
 
 def interpolate_positions(table: Tensor, source: Geometry, target: Geometry) -> Tensor:

@@ -54,14 +54,16 @@ def at_full_resolution(
 
 @torch.no_grad()
 def validate(objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device) -> dict[str, float]:
-    """Loss on held-out clips and, for masked objectives with labelled clips, the accuracy (or mAP) of a kNN probe."""
+    """Loss and metrics on held-out clips (where the loss is comparable at all) and, for masked objectives with labelled
+    clips, the accuracy (or mAP) of a kNN probe."""
     result: dict[str, float] = {}
     o = options.evaluation
     if corpus.held_out:
         clips = spread(corpus.held_out, o.max_clips)
-        result |= _masked_loss(objective, options, corpus, clips, device) if objective.views else _labelled(
-            objective, options, corpus, clips, device
-        )
+        if not objective.views:
+            result |= _labelled(objective, options, corpus, clips, device)
+        elif objective.comparable_loss:
+            result |= _masked_loss(objective, options, corpus, clips, device)
     if objective.views and corpus.num_classes > 1:
         result |= _knn(objective, options, corpus, device)
     return {f"val/{name}": value for name, value in result.items()}
@@ -70,16 +72,19 @@ def validate(objective: Objective, options: RunOptions, corpus: Corpus, device: 
 def _masked_loss(
     objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device
 ) -> dict[str, float]:
-    o, total, count = options.evaluation, 0.0, 0
+    o, total, count = options.evaluation, dict[str, float](), 0
     masking = Masking("uniform", o.mask_ratio, options.mask.size, objective.views)
     for draw in range(o.mask_draws):
         for batch in batches(
             corpus, options.fine_geometry, clips, device, o.batch_size, per_clip=1, masking=masking, draw=draw
         ):
-            total += float(objective(batch).loss) * len(batch.spec)
+            found = objective(batch)
+            for name, value in {"loss": found.loss, **found.metrics}.items():
+                total[name] = total.get(name, 0.0) + float(value) * len(batch.spec)
             count += len(batch.spec)
-    normalised = isinstance(options.objective, MAEOptions) and options.objective.norm_targets
-    return {"loss_normalised_targets" if normalised else "loss": total / max(count, 1)}
+    if isinstance(options.objective, MAEOptions) and options.objective.norm_targets and total:
+        total["loss_normalised_targets"] = total.pop("loss")
+    return {name: value / count for name, value in total.items()}
 
 
 def _labelled(

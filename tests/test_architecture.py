@@ -16,8 +16,8 @@ ORDER = (
     "geometry", "phases", "cost", "spectrogram", "compress", "masking", "data", "models", "transfer", "objectives",
     "optim", "metrics", "recipe", "weights", "validate", "pictures", "training", "engine",
     # things done with an engine or a run folder
-    "inference", "evaluate", "probe", "embed", "predict", "finetune", "config", "plan", "summary", "report",
-    "demo", "jobs", "cluster", "schedule", "jobstatus", "launching", "cli", "__main__",
+    "inference", "evaluate", "probe", "embed", "predict", "finetune", "convert", "export", "hub", "auto", "config",
+    "plan", "summary", "report", "demo", "jobs", "cluster", "schedule", "jobstatus", "launching", "cli", "__main__",
 )
 
 

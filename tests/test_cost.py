@@ -17,7 +17,9 @@ from ssl_c2f.masking import num_masked
 from ssl_c2f.models.decoder import decoder_cost
 from ssl_c2f.models.vit import EncoderOptions, encoder_cost
 from ssl_c2f.objectives import build_objective, objective_cost
+from ssl_c2f.objectives.latent import LatentOptions
 from ssl_c2f.objectives.mae import MAEOptions
+from ssl_c2f.objectives.ssast import SSASTOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 
 AUDIO = AudioOptions(clip_seconds=1.2)
@@ -32,9 +34,17 @@ def counted(objective: torch.nn.Module, geometry: Geometry, masking: Masking | N
         index=torch.arange(CLIPS), keys=draws.key(0, torch.arange(CLIPS)), labels=torch.eye(CLASSES)[:CLIPS],
     )
     batch = FrontEnd(geometry, Statistics(0.0, 1.0))(items, masking)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    corrected = {torch.ops.aten.convolution_backward: backward_of_a_grouped_convolution}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=corrected) as counter:
         objective(batch).loss.backward()
     return float(counter.get_total_flops()) / CLIPS
+
+
+def backward_of_a_grouped_convolution(
+    grad: torch.Size, x: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **more: Any
+) -> int:
+    """One product for the input, one for the weights. PyTorch's counter takes the latter for a dense convolution's."""
+    return sum(rest[-1][:2]) * 2 * grad.numel() * weight[1:].numel()
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,42 @@ def test_masked_autoencoding_costs_what_the_counter_says(compression: Compressio
         found = counted(objective, geometry, Masking("uniform", ratio, (3, 5)))
         expected = cost.step_flops(objective_cost(model, options, geometry, ratio, 0))
         assert expected == pytest.approx(found, rel=0.001)
+
+
+@pytest.mark.parametrize(("compression", "factor"), [("frame_shift", 1), ("pool_mean", 4), ("patch", 2)])
+@pytest.mark.parametrize("patch", [(16, 16), (128, 2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SSASTOptions(),
+        SSASTOptions(passes="two"),
+        LatentOptions(views=1, decoder_width=16, decoder_depth=2, decoder_groups=4),
+        LatentOptions(views=3, decoder_width=32, decoder_groups=32),
+        LatentOptions(views=2, decoder_width=32, decoder_groups=1, decoder_depth=1),
+    ],
+    ids=["ssast", "ssast two", "latent", "latent depthwise", "latent dense"],
+)
+def test_other_masked_objectives_cost_what_the_counter_says(
+    compression: Compression, factor: int, patch: tuple[int, int], options: SSASTOptions | LatentOptions
+) -> None:
+    geometry = make_geometry(AUDIO, compression, patch, factor)
+    objective = build_objective(SMALL, options, geometry, 0)
+    found = counted(objective, geometry, Masking("cluster", 0.75, (1, 2), objective.views))
+    parts = objective_cost(SMALL, options, geometry, 0.75, 0)
+    assert cost.step_flops(parts) == pytest.approx(found, rel=0.002)
+    masked = num_masked(geometry.num_tokens, 0.75)
+    once = geometry.num_tokens if isinstance(options, SSASTOptions) else geometry.num_tokens - masked
+    assert cost.seen_tokens(parts) == once * objective.views
+
+
+def test_ssasts_two_losses_share_a_pass() -> None:
+    base = EncoderOptions(width=768, depth=12, heads=12)
+    geometry = make_geometry(AudioOptions(clip_seconds=10.24), "frame_shift", (16, 16))
+    two, one = (
+        cost.step_flops(objective_cost(base, SSASTOptions.model_validate({"passes": passes}), geometry, 0.78, 0))
+        for passes in ("two", "one")
+    )
+    assert 1.9 < two / one < 2.1
 
 
 @pytest.mark.parametrize(
@@ -96,6 +142,7 @@ def test_a_coarse_phase_keeps_fewer_activations() -> None:
     assert sizes[0] / sizes[1] == fine.num_tokens / coarse.num_tokens
     assert cost.transformer_bytes(8, 32, 3, 4.0, bytes_per_value=2) == cost.transformer_bytes(8, 32, 3, 4.0) / 2
     assert cost.state_bytes(10, ema=True) - cost.state_bytes(10, ema=False) == 40
+    assert cost.state_bytes(10, ema=False, frozen=10) == 40
 
 
 def test_only_real_columns_cost() -> None:

@@ -16,7 +16,9 @@ from torch import nn
 
 from ssl_c2f import checkpoint, engine, options
 from ssl_c2f.data.front_end import Batch
+from ssl_c2f.objectives.latent import Latent
 from ssl_c2f.objectives.mae import MAE
+from ssl_c2f.objectives.ssast import SSAST
 from ssl_c2f.recipe import RunOptions
 
 pytestmark = pytest.mark.slow
@@ -32,7 +34,7 @@ def run_and_hash(o: RunOptions, run: Path) -> list[str]:
     seen: list[str] = []
 
     def look(module: nn.Module, inputs: tuple[Batch, ...]) -> None:
-        if isinstance(module, MAE) and module.training:
+        if isinstance(module, MAE | SSAST | Latent) and module.training:
             for spec, kept in zip(inputs[0].spec, inputs[0].masks[0].kept, strict=True):
                 seen.append(hashlib.sha256(spec.numpy().tobytes() + kept.numpy().tobytes()).hexdigest())
 
@@ -71,6 +73,27 @@ def test_two_processes_repeat_each_other_and_stay_with_one(sounds: Path, tmp_pat
     assert 0 < apart < 1e-4
     losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{name: ssast, passes: two}",
+        "{name: latent, views: 2, decay: [0.5, 0.9], decoder_width: 8, decoder_depth: 1, decoder_groups: 2}",
+    ],
+    ids=["ssast", "latent"],
+)
+def test_other_objectives_do_the_same_on_two(objective: str, sounds: Path, tmp_path: Path) -> None:
+    o = run_options(sounds, *OPTIONS, f"objective={objective}", "evaluation.every=0")
+    torchrun(o, tmp_path / "two")
+    run_and_hash(o, tmp_path / "one")
+    models = [checkpoint.load(checkpoints(tmp_path / name)[-1]).model for name in ("one", "two")]
+    assert models[0].keys() == models[1].keys()
+    apart = max(float((models[0][name] - models[1][name]).abs().max()) for name in models[0])
+    print(f"largest difference after 20 steps: {apart:.1e}")
+    assert 0 < apart < 1e-3
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def main(config: str, run: str) -> None:

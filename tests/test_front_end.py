@@ -221,6 +221,18 @@ def test_the_hidden_stretch_lasts_as_long_in_every_phase(factor: int) -> None:
     torch.testing.assert_close(again, batch.spec[7])
 
 
+@each_compression
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_a_block_in_seconds_lasts_as_long_in_every_phase(compression: Compression, factor: int) -> None:
+    """0.32 s are 8 tokens of 40 ms; blocks that are given in tokens last four times as long in the coarsest phase."""
+    g = geometry(compression, factor)
+    masking = Masking("cluster", 8 // factor / g.num_tokens, (1, 1), seconds=(0.32, 0.32))
+    masked = FrontEnd(g, PLAIN)(sounds([SAMPLES] * 4), masking).masks[0].masked.view(-1, *g.grid)
+    assert masked.any(1).sum(1).tolist() == [8 // factor] * 4
+    assert masked.any(2).sum(1).tolist() == [1] * 4
+    assert g.tokens_in(0.32) == 8 // factor and g.tokens_in(1e-6) == 1
+
+
 def test_items_move_with_their_partners() -> None:
     items = replace(sounds([100]), partner=sounds([100], seed=1), share=torch.tensor([0.5]), bad=(("a", "b"),))
     moved = items.to(torch.device("meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import get_args
 
 import pytest
@@ -16,8 +17,9 @@ from ssl_c2f import draws
 from ssl_c2f.masking import Mask, MaskOptions, Shape, _spread, draw_mask, num_masked
 
 SHAPES = get_args(Shape)
-GRIDS = [(8, 64), (8, 16), (1, 512)]
+GRIDS = [(8, 16), *(pytest.param(grid, marks=pytest.mark.slow) for grid in [(8, 64), (1, 512)])]
 shapes = pytest.mark.parametrize("shape", SHAPES)
+fair = pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "one_way_cluster"])
 settings = hypothesis_settings(max_examples=60, deadline=None)
 grids = st.tuples(st.integers(1, 6), st.integers(1, 24)).filter(lambda grid: grid[0] * grid[1] > 1)
 ratios = st.floats(0, 1, exclude_min=True, exclude_max=True)
@@ -26,11 +28,11 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda pair: (min(pa
 
 def draw(
     shape: Shape, grid: tuple[int, int], tokens_t: int | Tensor, *, clips: int = 1, ratio: float = 0.75,
-    size: tuple[int, int] = (3, 5), seed: int = 0,
+    size: tuple[int, int] = (3, 5), seed: int = 0, size_t: tuple[int, int] | None = None,
 ) -> Mask:
     if isinstance(tokens_t, int):
         tokens_t = torch.full((clips,), tokens_t)
-    return draw_mask(draws.key(seed, torch.arange(len(tokens_t))), grid, tokens_t, shape, ratio, size)
+    return draw_mask(draws.key(seed, torch.arange(len(tokens_t))), grid, tokens_t, shape, ratio, size, size_t)
 
 
 @settings
@@ -83,7 +85,7 @@ def test_blocks_spread_round_the_circle(length: int, side: int, seed: int) -> No
             assert result[t] == max(row[(t - i) % length] for i in range(side))
 
 
-@shapes
+@fair
 @pytest.mark.parametrize("grid", GRIDS)
 def test_tokens_are_masked_equally_often_and_blocks_hold_together(shape: Shape, grid: tuple[int, int]) -> None:
     masks = [draw(shape, grid, grid[1], clips=2500, seed=seed).masked for seed in range(4)]  # 10,000 draws
@@ -104,12 +106,77 @@ def contiguity(masked: Tensor) -> float:
     return 2 * both / sum(int(a.sum() + b.sum()) for a, b in pairs)
 
 
-@shapes
+@fair
 def test_short_clips_are_masked_equally_often_too(shape: Shape) -> None:
     masked = draw(shape, (4, 16), 9, clips=10_000).masked.view(-1, 4, 16)
     share = masked.float().mean(0)
     assert (share[:, :9] - 0.75).abs().max() < 0.02
     assert not share[:, 9:].any()
+
+
+@shapes
+@pytest.mark.parametrize("grid", [(8, 32), (8, 16), (1, 256), (1, 128)])
+def test_a_coarse_grid_is_masked_at_the_published_share(shape: Shape, grid: tuple[int, int]) -> None:
+    """400 of 512 patches is what SSAST masks; as a number of patches it would never be reached here."""
+    masked = draw(shape, grid, grid[1], clips=200, ratio=400 / 512).masked
+    assert masked.sum(1).tolist() == [round(grid[0] * grid[1] * 400 / 512)] * 200
+
+
+def published_mask(count: int, rows: int, columns: int, sides: tuple[int, int], dice: random.Random) -> list[int]:
+    """SSAST's sampler as its code is described: one block after the other, until there is one token too many."""
+    found: set[int] = set()
+    side = dice.randint(*sides)
+    while len(found) <= count:
+        start = dice.randrange(rows * columns)
+        block = {start + down * columns + along for down in range(side) for along in range(side)}
+        found |= block & set(range(1, rows * columns))
+    return sorted(found)[:count]
+
+
+@pytest.mark.parametrize(("grid", "count"), [((8, 64), 400), ((4, 16), 20)])
+def test_one_way_clusters_have_the_biases_of_the_published_sampler(grid: tuple[int, int], count: int) -> None:
+    dice, clips, tokens = random.Random(0), 400, grid[0] * grid[1]
+    expected = torch.zeros(tokens)
+    for _ in range(clips):
+        expected[published_mask(count, *grid, (3, 5), dice)] += 1 / clips
+    masked = draw("one_way_cluster", grid, grid[1], clips=2500, ratio=count / tokens).masked.float()
+    assert masked.sum(1).unique().tolist() == [count]
+    found = masked.mean(0)
+    assert (found - expected).abs().max() < 0.12
+    rows, wanted = (share.view(grid).mean(1) for share in (found, expected))
+    assert (rows - wanted).abs().max() < 0.02
+    assert found[0] == found[-1] == 0
+    if grid == (8, 64):
+        assert rows[0] == pytest.approx(0.42, abs=0.02) and rows.max() == pytest.approx(0.88, abs=0.02)
+    assert contiguity(masked.view(-1, *grid).bool()) > count / tokens + 0.02
+
+
+def test_one_way_clusters_of_a_short_clip_are_those_of_a_short_grid() -> None:
+    """All of its tokens but the first and the last may be masked, and nothing else ever is."""
+    share = draw("one_way_cluster", (4, 16), 9, clips=3000, ratio=0.5).masked.view(-1, 4, 16).float().mean(0)
+    alone = draw("one_way_cluster", (4, 9), 9, clips=3000, ratio=0.5, seed=1).masked.view(-1, 4, 9).float().mean(0)
+    assert (share[:, :9] - alone).abs().max() < 0.06
+    assert not share[:, 9:].any()
+
+
+@settings
+@given(
+    shape=st.sampled_from(["cluster", "inverse_block", "one_way_cluster"]), height=st.integers(1, 4),
+    length=st.integers(1, 8), seed=st.integers(0, 999),
+)
+def test_blocks_have_a_length_of_their_own(shape: Shape, height: int, length: int, seed: int) -> None:
+    """As many tokens as one block has: what is masked (or kept) is one."""
+    share = height * length / 160
+    masked = draw(
+        shape, (8, 20), 20, seed=seed, size=(height, height), size_t=(length, length),
+        ratio=1 - share if shape == "inverse_block" else share,
+    ).masked.view(8, 20)
+    block = ~masked if shape == "inverse_block" else masked
+    if shape != "one_way_cluster":  # its first block may be cut short at an end
+        assert (int(block.any(1).sum()), int(block.any(0).sum())) == (height, length)
+    square = draw(shape, (8, 20), 20, seed=seed, size=(height, height), ratio=0.5).masked
+    same = draw(shape, (8, 20), 20, seed=seed, size=(height, height), size_t=(height, height), ratio=0.5).masked
+    assert torch.equal(square, same)
 
 
 def test_tokens_are_numbered_along_time_first() -> None:
@@ -159,3 +226,6 @@ def test_impossible_grid_and_sizes() -> None:
     for size in [(0, 3), (5, 3)]:
         with pytest.raises(ValidationError, match="at least 1, the least one first"):
             MaskOptions(size=size)
+    for seconds in [(0.0, 0.3), (0.5, 0.3)]:
+        with pytest.raises(ValidationError, match="above 0, the least one first"):
+            MaskOptions(seconds=seconds)

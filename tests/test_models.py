@@ -180,8 +180,8 @@ def test_the_decoder_puts_each_token_in_its_place() -> None:
 def test_padding_has_no_share_in_a_readout(kind: Readout, real: int) -> None:
     tokens = torch.randn(2, 7, 5)
     valid = torch.arange(6).expand(2, -1) < real
-    found = read_out(tokens, valid, kind)
-    torch.testing.assert_close(found, read_out(tokens[:, : 1 + real], None, kind))
+    found = read_out(tokens, valid, kind, 1)
+    torch.testing.assert_close(found, read_out(tokens[:, : 1 + real], None, kind, 1))
     expected = {
         "class_token": tokens[:, 0],
         "mean": tokens[:, 1 : 1 + real].mean(1),
@@ -192,8 +192,8 @@ def test_padding_has_no_share_in_a_readout(kind: Readout, real: int) -> None:
 
 @pytest.mark.parametrize("kind", get_args(HeadKind))
 def test_a_head_starts_without_an_opinion(kind: HeadKind) -> None:
-    head = Head(kind, 16, 3)
+    head = Head(kind, 16, 3, 1)
     logits = head(torch.randn(50, 7, 16), None)
     assert logits.shape == (50, 3) and logits.abs().max() < 1
     own = {name for name, _ in head.named_parameters()}
-    assert ("norm.weight" in own) == (kind == "mean_pool")
+    assert ("norm.weight" in own) == (kind in ("mean_pool", "ast"))

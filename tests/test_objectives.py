@@ -7,48 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from batches import AUDIO, CLASSES, FULL, GEOMETRY, MODEL, batch_of, gradients, lengths, patchify_back, some, sounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_c2f import draws
-from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Masking, Statistics
-from ssl_c2f.geometry import AudioOptions, Compression, Geometry, make_geometry
+from ssl_c2f.geometry import Compression, Geometry, make_geometry
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.models.vit import EncoderOptions
 from ssl_c2f.objectives import build_objective
+from ssl_c2f.objectives.latent import Latent, LatentOptions
 from ssl_c2f.objectives.mae import MAE, MAEOptions
+from ssl_c2f.objectives.ssast import SSAST, SSASTOptions
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
 
-AUDIO = AudioOptions(num_mels=16, clip_seconds=0.5)
-MODEL = EncoderOptions(width=16, depth=2, heads=2)
-GEOMETRY = make_geometry(AUDIO, "frame_shift", (8, 4), 2)
-FULL = AUDIO.clip_seconds * AUDIO.sample_rate
-MASKING = Masking("uniform", 0.6, (2, 3))
-CLASSES = 4
-
-lengths = st.lists(st.integers(500, int(FULL)), min_size=1, max_size=3)
 each_targets = pytest.mark.parametrize("norm_targets", [False, True])
-
-
-def sounds(num_samples: list[int], seed: int = 0) -> Items:
-    audio = torch.randn(len(num_samples), int(FULL), generator=torch.Generator().manual_seed(seed))
-    index = torch.arange(len(num_samples))
-    return Items(
-        audio=audio, num_samples=torch.tensor(num_samples), index=index, keys=draws.key(seed, index),
-        labels=torch.eye(CLASSES)[index % CLASSES],
-    )
-
-
-def some(items: Items, which: slice) -> Items:
-    rows: dict[str, Any] = {name: value[which] for name, value in vars(items).items() if isinstance(value, Tensor)}
-    return replace(items, **rows)
-
-
-def batch_of(items: Items, masking: Masking | None = MASKING, geometry: Geometry = GEOMETRY) -> Batch:
-    batch: Batch = FrontEnd(geometry, Statistics(0.0, 4.0))(items, masking)
-    return batch
 
 
 def mae(norm_targets: bool = False, geometry: Geometry = GEOMETRY) -> MAE:
@@ -60,12 +33,6 @@ def mae(norm_targets: bool = False, geometry: Geometry = GEOMETRY) -> MAE:
 def supervised(**options: Any) -> Supervised:
     torch.manual_seed(0)
     return Supervised(MODEL, SupervisedOptions(**options), GEOMETRY, CLASSES)
-
-
-def gradients(model: torch.nn.Module, batch: Batch) -> Tensor:
-    model.zero_grad()
-    model(batch).loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 # --- masked autoencoding
@@ -148,14 +115,6 @@ def test_predictions_do_not_depend_on_what_they_are_compared_with() -> None:
     other = patchify_back(torch.where(masked, spec + 3, spec), batch)
     assert torch.equal(model.predict(other)[0], model.predict(batch)[0])
     assert not torch.equal(model(other).loss, model(batch).loss)
-
-
-def patchify_back(patches: Tensor, batch: Batch) -> Batch:
-    g = batch.geometry
-    spec = batch.spec.clone()
-    grid = patches.view(-1, g.grid_f, g.columns, g.patch_f, g.patch_t)
-    spec[:, : g.columns * g.patch_t] = grid.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
-    return replace(batch, spec=spec)
 
 
 def test_every_weight_learns() -> None:
@@ -286,4 +245,6 @@ def test_mixed_clips_have_the_labels_of_both(labels: str, share: float) -> None:
 
 def test_the_options_name_their_objective() -> None:
     assert isinstance(build_objective(MODEL, MAEOptions(), GEOMETRY, 0), MAE)
+    assert isinstance(build_objective(MODEL, SSASTOptions(), GEOMETRY, 0), SSAST)
+    assert isinstance(build_objective(MODEL, LatentOptions(), GEOMETRY, 0), Latent)
     assert isinstance(build_objective(MODEL, SupervisedOptions(), GEOMETRY, CLASSES), Supervised)

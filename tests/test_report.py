@@ -80,6 +80,19 @@ def test_a_complete_run_shows_everything(tmp_path: Path) -> None:
     assert page.tags.count("audio") == 1 and page.tags.count("img") == 3
 
 
+def test_objectives_without_a_comparable_loss_or_with_other_accuracies(tmp_path: Path) -> None:
+    """A spread is drawn; a share of patches that were told apart is no probe score."""
+    run = make_run(tmp_path / "latent")
+    text = (run / "metrics.jsonl").read_text()
+    text = text.replace('"val/loss"', '"val/nce_accuracy"').replace('"grad_norm"', '"std_of_l2_normalized"')
+    (run / "metrics.jsonl").write_text(text)
+    page = page_of(run)
+    curves = page.data["runs"][0]["curves"]
+    assert set(curves) == {"probe", "loss", "lr", "mask", "tokens", "spread"}
+    assert curves["probe"] == page_of(make_run(tmp_path / "plain")).data["runs"][0]["curves"]["probe"]
+    assert "its teacher moves" in page.text
+
+
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "full"))
     assert all(str(address).startswith("data:") for address in page.addresses)

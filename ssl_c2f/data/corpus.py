@@ -62,6 +62,7 @@ class Corpus:
     folder: Path | None = None  # where statistics are kept
     main: bool = True  # whether this process writes them
     given: dict[str, Statistics] = field(default_factory=dict)  # statistics that come with a checkpoint, by digest
+    factor: float = 1.0  # of the deviation in statistics that are measured; 2 behind published weights
     note: Callable[[str], object] = lambda line: None
     progress: Callable[[int, int], object] | None = None  # of filling the cache: (clips done, clips)
     _sources: dict[str, Source] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class Corpus:
         std = (square - mean.square()).clamp(min=0).sqrt()
         if not count or not std > 1e-3:  # rounding leaves a little of nothing
             raise UserError(f"no sound in {self.manifest.root}: the spectrograms of its clips are all alike")
-        return Statistics(float(mean), float(std))
+        return Statistics(float(mean), float(std), self.factor)
 
     def workers(self, geometry: Geometry) -> int:
         """Loader processes worth having: none, where all there is to do is to slice the cache."""

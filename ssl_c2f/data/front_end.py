@@ -81,6 +81,7 @@ class Masking:
     ratio: float
     size: tuple[int, int]
     views: int = 1
+    seconds: tuple[float, float] | None = None
 
 
 class FrontEnd(nn.Module):
@@ -133,5 +134,6 @@ class FrontEnd(nn.Module):
             return batch
         m, columns = masking, g.tokens_t(num_frames)
         keys = (draws.key(items.keys, "mask", view) for view in range(m.views))
-        masks = tuple(draw_mask(key, g.grid, columns, m.shape, m.ratio, m.size) for key in keys)
+        size_t = m.seconds and (g.tokens_in(m.seconds[0]), g.tokens_in(m.seconds[1]))
+        masks = tuple(draw_mask(key, g.grid, columns, m.shape, m.ratio, m.size, size_t) for key in keys)
         return replace(batch, masks=masks)

@@ -20,6 +20,7 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: EncoderOptions, width: int, depth: int, heads: int, geometry: Geometry) -> None:
         super().__init__()
+        self.num_prefix = encoder.class_tokens
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
         self.blocks = blocks(width, depth, heads, encoder.mlp_ratio)
@@ -29,26 +30,27 @@ class Decoder(nn.Module):
         self.apply(initialise)
 
     def forward(self, tokens: Tensor, kept: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, 1 + K, D) encoded tokens -> (B, N, P) predictions.
+        """(B, num_prefix + K, D) encoded tokens -> (B, N, P) predictions.
 
         Args:
             kept: (B, K) where the encoded tokens stand.
             valid: (B, N) bool, False where a token is padding; None if none is.
         """
         x = self.embed(tokens)
-        cls, x = x[:, :1], x[:, 1:]
+        cls, x = x[:, : self.num_prefix], x[:, self.num_prefix :]
         gaps = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
         x = gaps.scatter(1, kept[..., None].expand_as(x), x) + self.positions.to(x.dtype)
-        x, mask = torch.cat([cls, x], dim=1), attention_mask(valid)
+        x, mask = torch.cat([cls, x], dim=1), attention_mask(valid, self.num_prefix)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
-        patches: Tensor = self.to_patch(self.norm(x[:, 1:]))
+        patches: Tensor = self.to_patch(self.norm(x[:, self.num_prefix :]))
         return patches
 
 
 def decoder_cost(
     encoder: EncoderOptions, width: int, depth: int, geometry: Geometry, kept: int, passes: float = 3.0
 ) -> list[cost.Part]:
-    tokens = geometry.num_tokens
-    body = cost.linear(kept + 1, encoder.width, width) + cost.transformer(tokens + 1, width, depth, encoder.mlp_ratio)
+    tokens, prefix = geometry.num_tokens, encoder.class_tokens
+    body = cost.linear(kept + prefix, encoder.width, width)
+    body += cost.transformer(tokens + prefix, width, depth, encoder.mlp_ratio)
     return [cost.Part("decoder", body + cost.linear(tokens, width, geometry.patch_dim), passes)]

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 Readout = Literal["mean", "mean_std", "class_token"]
-HeadKind = Literal["mean_pool", "class_token", "linear"]
+HeadKind = Literal["mean_pool", "class_token", "ast", "linear"]
 
 
-def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout) -> Tensor:
-    """(B, 1 + K, D), class token first -> (B, D), or (B, 2 D) for mean_std. Padding (valid False) has no share."""
+def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout, prefix: int) -> Tensor:
+    """(B, prefix + K, D), class tokens first -> (B, D), or (B, 2 D) for mean_std. Padding (valid False) has no share.
+
+    `class_token` is the mean of the class tokens, where there are two.
+    """
     if kind == "class_token":
-        return tokens[:, 0]
-    x = tokens[:, 1:]
+        return tokens[:, :prefix].mean(1)
+    x = tokens[:, prefix:]
     weight = torch.ones_like(x[..., :1]) if valid is None else valid[..., None].to(x.dtype)
     count = weight.sum(1)
     mean = (x * weight).sum(1) / count
@@ -30,18 +33,27 @@ def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout) -> Tensor:
 
 class Head(nn.Module):
     """A linear classifier. `mean_pool` normalises the mean of the tokens, `class_token` takes that token (the encoder's
-    final norm has seen it), `linear` standardises the mean feature without parameters of its own: the probe of a frozen
-    encoder (LayerNorm in place of MAE's BatchNorm, so that a clip's logits never depend on its batch)."""
+    final norm has seen it), `ast` normalises the mean of the class tokens (Gong et al., "AST", Interspeech 2021),
+    `linear` standardises the mean feature without parameters of its own: the probe of a frozen encoder (LayerNorm in
+    place of MAE's BatchNorm, so that a clip's logits never depend on its batch).
 
-    def __init__(self, kind: HeadKind, width: int, num_classes: int) -> None:
+    Without classes it has no weights: what an encoder that was imported alone comes with."""
+
+    def __init__(self, kind: HeadKind, width: int, num_classes: int, prefix: int) -> None:
         super().__init__()
-        self.readout: Readout = "class_token" if kind == "class_token" else "mean"
-        self.norm = nn.Identity() if kind == "class_token" else nn.LayerNorm(width, elementwise_affine=kind != "linear")
+        self.readout: Readout = "class_token" if kind in ("class_token", "ast") else "mean"
+        self.prefix = prefix
+        self.norm: nn.Module = nn.Identity()
+        self.classifier: nn.Module = nn.Identity()
+        if not num_classes:
+            return
+        if kind != "class_token":
+            self.norm = nn.LayerNorm(width, elementwise_affine=kind != "linear")
         self.classifier = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """(B, 1 + K, D) -> logits (B, C)."""
-        logits: Tensor = self.classifier(self.norm(read_out(tokens, valid, self.readout)))
+        """(B, prefix + K, D) -> logits (B, C)."""
+        logits: Tensor = self.classifier(self.norm(read_out(tokens, valid, self.readout, self.prefix)))
         return logits

@@ -29,6 +29,9 @@ class EncoderOptions(Options):
     mlp_ratio: float = Field(4.0, gt=0)
     patch_f: int = Field(16, ge=1, description="mel bins")
     patch_t: int = Field(16, ge=1, description="frames at time factor 1")
+    stride_f: int | None = Field(None, ge=1, description="mel bins to the next patch; less than patch_f: they overlap")
+    stride_t: int | None = Field(None, ge=1, description="frames to the next patch at time factor 1")
+    class_tokens: Literal[1, 2] = Field(1, description="2 as in AST and SSAST")
     positions: Positions = Field("sincos", description="sincos: exact in every geometry; learned: interpolated")
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate at the last block; it rises linearly with depth")
 
@@ -81,15 +84,15 @@ def position_table(geometry: Geometry, width: int, kind: Positions) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Patch embedding, class token, positions, blocks, final norm."""
+    """Patch embedding, class tokens, positions, blocks, final norm. `num_prefix` tokens come before the patches'."""
 
     positions: Tensor
 
     def __init__(self, options: EncoderOptions, geometry: Geometry) -> None:
         super().__init__()
-        self.options, self.width = options, options.width
+        self.options, self.width, self.num_prefix = options, options.width, options.class_tokens
         self.patch_embed = nn.Linear(geometry.patch_dim, options.width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, options.width).normal_(std=0.02))
+        self.cls_token = nn.Parameter(torch.empty(1, options.class_tokens, options.width).normal_(std=0.02))
         self.blocks = blocks(options.width, options.depth, options.heads, options.mlp_ratio, options.drop_path)
         self.norm = nn.LayerNorm(options.width, eps=1e-6)
         table = position_table(geometry, options.width, options.positions)
@@ -99,29 +102,56 @@ class Encoder(nn.Module):
             self.register_buffer("positions", table, persistent=False)
         self.apply(initialise)
 
-    def forward(self, patches: Tensor, kept: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-        """(B, N, P) -> (B, 1 + K, D), the class token first.
+    def forward(
+        self, patches: Tensor, kept: Tensor | None = None, valid: Tensor | None = None,
+        hidden: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, N, P) -> (V B, num_prefix + K, D), class tokens first; V views of a clip, 1 unless `kept` has more rows.
 
         Args:
-            kept: (B, K) indices of the tokens to encode; None is all of them. Only these are ever embedded.
-            valid: (B, K) bool, False where a token is padding; None if none is.
+            kept: (V B, K) indices of the tokens to encode, view after view; None is all of them. Only these are ever
+                embedded.
+            valid: (V B, K) bool, False where a token is padding; None if none is.
+            hidden: (B, N) bool, and the (1, 1, D) embedding that such tokens get in place of their own; with all tokens
+                only.
         """
-        positions = self.positions
-        if kept is not None:
-            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
-            positions = positions[kept]
-        x = self.patch_embed(patches) + positions.to(patches.dtype)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        mask = attention_mask(valid)
+        x, mask = self.tokens(patches, kept, hidden), attention_mask(valid, self.num_prefix)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         encoded: Tensor = self.norm(x)
         return encoded
 
+    def layers(self, patches: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+        """(B, N, P) -> what each block gives, (B, num_prefix + N, D), before the final norm."""
+        x, mask, found = self.tokens(patches), attention_mask(valid, self.num_prefix), []
+        for block in self.blocks:
+            x = block(x, attn_mask=mask)
+            found.append(x)
+        return found
+
+    def tokens(
+        self, patches: Tensor, kept: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """What the first block gets, (V B, num_prefix + K, D); arguments as for `forward`."""
+        positions = self.positions
+        if kept is not None:
+            clips, size = len(patches), patches.shape[-1]
+            index = kept.view(-1, clips, kept.shape[1], 1)  # (V, B, K, 1)
+            views = patches.expand(len(index), -1, -1, -1)  # the same patches, not copies
+            patches = views.gather(2, index.expand(-1, -1, -1, size)).flatten(0, 1)
+            positions = positions[kept]
+        x = self.patch_embed(patches)
+        if hidden is not None:
+            masked, embedding = hidden
+            x = torch.where(masked[..., None], embedding.to(x.dtype), x)
+        x = x + positions.to(patches.dtype)
+        return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+
 
 def encoder_cost(options: EncoderOptions, geometry: Geometry, kept: int, passes: float = 3.0) -> list[cost.Part]:
-    """The encoder over `kept` tokens and the class token; no gradient flows into the spectrogram."""
+    """The encoder over `kept` tokens and the class tokens; no gradient flows into the spectrogram."""
+    tokens = kept + options.class_tokens
     return [
         cost.Part("patch embedding", cost.linear(kept, geometry.patch_dim, options.width), min(passes, 2.0)),
-        cost.Part("encoder", cost.transformer(kept + 1, options.width, options.depth, options.mlp_ratio), passes),
+        cost.Part("encoder", cost.transformer(tokens, options.width, options.depth, options.mlp_ratio), passes, kept),
     ]

@@ -9,34 +9,42 @@ from pydantic import Field
 from ssl_c2f import cost
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.objectives.latent import Latent, LatentOptions, latent_cost
 from ssl_c2f.objectives.mae import MAE, MAEOptions, mae_cost
+from ssl_c2f.objectives.ssast import SSAST, SSASTOptions, ssast_cost
 from ssl_c2f.objectives.step import StepResult
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions, supervised_cost
 
-ObjectiveOptions = Annotated[MAEOptions | SupervisedOptions, Field(discriminator="name")]
-Objective = MAE | Supervised
+AnyOptions = MAEOptions | SSASTOptions | LatentOptions | SupervisedOptions
+ObjectiveOptions = Annotated[AnyOptions, Field(discriminator="name")]
+Objective = MAE | SSAST | Latent | Supervised
 
-__all__ = ["Objective", "ObjectiveOptions", "StepResult", "build_objective", "objective_cost"]
+__all__ = ["AnyOptions", "Objective", "ObjectiveOptions", "StepResult", "build_objective", "objective_cost"]
 
 
-def build_objective(
-    model: EncoderOptions, options: MAEOptions | SupervisedOptions, geometry: Geometry, num_classes: int
-) -> Objective:
+def build_objective(model: EncoderOptions, options: AnyOptions, geometry: Geometry, num_classes: int) -> Objective:
     """The objective in a geometry, freshly initialised from torch's global generator."""
     match options:
         case MAEOptions():
             return MAE(model, options, geometry)
+        case SSASTOptions():
+            return SSAST(model, options, geometry)
+        case LatentOptions():
+            return Latent(model, options, geometry)
         case SupervisedOptions():
             return Supervised(model, options, geometry, num_classes)
 
 
 def objective_cost(
-    model: EncoderOptions, options: MAEOptions | SupervisedOptions, geometry: Geometry, mask_ratio: float,
-    num_classes: int,
+    model: EncoderOptions, options: AnyOptions, geometry: Geometry, mask_ratio: float, num_classes: int
 ) -> list[cost.Part]:
     """Costs of one clip in one training step."""
     match options:
         case MAEOptions():
             return mae_cost(model, options, geometry, mask_ratio)
+        case SSASTOptions():
+            return ssast_cost(model, options, geometry, mask_ratio)
+        case LatentOptions():
+            return latent_cost(model, options, geometry, mask_ratio)
         case SupervisedOptions():
             return supervised_cost(model, options, geometry, num_classes)

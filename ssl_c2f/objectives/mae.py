@@ -6,7 +6,7 @@ that Listen", NeurIPS 2022. Legend: B batch, N tokens, K kept tokens, P values o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import num_masked
+from ssl_c2f.masking import Shape, num_masked
 from ssl_c2f.models.decoder import Decoder, decoder_cost
 from ssl_c2f.models.heads import Readout, read_out
 from ssl_c2f.models.patches import patchify, real_values, unpatchify
@@ -27,6 +27,7 @@ from ssl_c2f.options import Options
 class MAEOptions(Options):
     """The decoder is thin: at 8 x 512 it would cost more than the encoder that it trains."""
 
+    mask_shape: ClassVar[Shape] = "uniform"
     name: Literal["mae"] = "mae"
     decoder_width: int = Field(128, ge=4, multiple_of=4)
     decoder_depth: int = Field(2, ge=0)
@@ -37,7 +38,7 @@ class MAEOptions(Options):
 class MAE(nn.Module):
     """Encoder of the kept patches, decoder of all, mean squared error on the masked ones."""
 
-    views = 1
+    views, comparable_loss = 1, True
 
     def __init__(self, model: EncoderOptions, options: MAEOptions, geometry: Geometry) -> None:
         super().__init__()
@@ -74,7 +75,8 @@ class MAE(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        return read_out(self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid), batch.valid, kind)
+        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:

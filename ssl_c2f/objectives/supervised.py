@@ -5,7 +5,7 @@ Legend: B batch, N tokens, C classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import Shape
 from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
@@ -25,8 +26,9 @@ from ssl_c2f.options import Options
 class SupervisedOptions(Options):
     """Single-label data are learned with cross-entropy, multi-label data with a sigmoid for each class."""
 
+    mask_shape: ClassVar[Shape] = "uniform"  # nothing is masked
     name: Literal["supervised"] = "supervised"
-    head: HeadKind = Field("mean_pool", description="linear: a probe, the encoder is frozen")
+    head: HeadKind = Field("mean_pool", description="ast: mean of the class tokens; linear: a probe, encoder frozen")
     labels: Literal["single", "multi"] = "single"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
@@ -34,13 +36,13 @@ class SupervisedOptions(Options):
 class Supervised(nn.Module):
     """Encoder of all tokens and a linear head."""
 
-    views = 0
+    views, comparable_loss = 0, True
 
     def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
         super().__init__()
         self.options, self.geometry = options, geometry
         self.encoder = Encoder(model, geometry)
-        self.head = Head(options.head, model.width, num_classes)
+        self.head = Head(options.head, model.width, num_classes, model.class_tokens)
         self.frozen = options.head == "linear"
         self.encoder.requires_grad_(not self.frozen)
 
@@ -78,12 +80,13 @@ class Supervised(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        return read_out(self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid), batch.valid, kind)
+        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input."""
-        return {"input": batch.spec[:, : batch.geometry.columns * batch.geometry.patch_t]}
+        return {"input": batch.spec[:, : batch.geometry.covered]}
 
 
 def supervised_cost(

@@ -56,7 +56,7 @@ def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
         s.section("probes", "Frozen features", _each(runs, s.probe_tables)),
         s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
         s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
-                  "The same clips at the end of every phase: its input, what of it was kept, and the reconstruction."),
+                  "The same clips at the end of every phase: input, what was kept of it, the reconstruction if any."),
         s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(drawn["matrices"])),
         s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
         s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
@@ -84,7 +84,8 @@ CURVES = (
     ("probe", "Probe score", "Nearest neighbours on frozen features of held-out clips, at full resolution."),
     ("loss", "Training loss", "Each phase at its own resolution, so a step at a boundary is no setback."),
     ("lr", "Learning rate", ""),
-    ("tokens", "Tokens per step", "What the encoder computes: kept tokens times clips."),
+    ("spread", "Spread of features", "std_of_l2_normalized of a teacher's clip features: towards 0 they collapse."),
+    ("tokens", "Tokens per step", "What the encoder learns from: tokens of all views times clips."),
     ("mask", "Mask ratio", ""),
 )
 STEPPED = ("tokens", "mask")  # constant between two records
@@ -92,7 +93,8 @@ STEPPED = ("tokens", "mask")  # constant between two records
 
 def _columns(run: RunData) -> dict[str, Column]:
     log = run.log
-    named = {"validation": run.validation_loss, "probe": run.probe, "loss": "loss", "lr": "lr", "mask": "mask_ratio"}
+    named = {"validation": run.validation_loss, "probe": run.probe, "loss": "loss", "lr": "lr", "mask": "mask_ratio",
+             "spread": "std_of_l2_normalized"}
     columns = {figure: log.column(name) for figure, name in named.items() if name}
     return columns | {"tokens": tokens_per_step(log)} if log.records else {}
 

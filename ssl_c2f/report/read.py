@@ -77,9 +77,8 @@ class RunData:
     @property
     def probe(self) -> str | None:
         """The metric of validation that is a score, if there is one."""
-        names = [name for name in self.log.names if name.startswith("val/") and "loss" not in name]
-        preferred = [n for n in names if n.endswith(("accuracy", "map"))]
-        return next(iter(preferred or names), None)
+        scores = ("val/knn_accuracy", "val/knn_map", "val/accuracy", "val/map")
+        return next((name for name in scores if name in self.log.names), None)
 
     @property
     def validation_loss(self) -> str | None:

@@ -106,7 +106,8 @@ def missing(run: RunData) -> list[str]:
     waiting = [p.name for p in run.phases if not p.done and p.name not in run.log.phases]
     notes += [f"Not started: {', '.join(waiting)}."] if waiting else []
     if run.log.records and run.validation_loss is None:
-        notes.append("No validation loss: no clips were held out (data.val_folds), or evaluation.every is 0.")
+        notes.append("No validation loss: no clips were held out (data.val_folds), evaluation.every is 0, or the "
+                     "objective has none that could be compared (latent: its teacher moves).")
     if run.log.records and run.probe is None:
         notes.append("No probe score: it needs labels and evaluation.every above 0.")
     if not any(p.clips for p in run.phases):

@@ -1,0 +1,178 @@
+"""Latent prediction: say what a slow copy of the encoder, which sees the whole clip, makes of the hidden parts.
+
+As in data2vec 2.0 (Baevski et al., ICML 2023, arXiv 2212.07525: several views per clip for one teacher's encoding,
+inverse-block masks, targets averaged over layers), EAT (Chen et al., IJCAI 2024, arXiv 2401.03497: the clip-level loss)
+and M2D (Niizumi et al., ICASSP 2023). Legend: B batch, V views, N tokens, K kept tokens, P values of a patch, D width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from lightly.utils.debug import std_of_l2_normalized
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_c2f import cost
+from ssl_c2f.data.front_end import Batch
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import Shape, num_masked
+from ssl_c2f.models.conv_decoder import ConvDecoder, conv_decoder_cost
+from ssl_c2f.models.heads import Readout, read_out
+from ssl_c2f.models.patches import patchify, unpatchify
+from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
+from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.options import Options
+
+
+class LatentOptions(Options):
+    """The teacher is the encoder's moving average; its decay rises along the run."""
+
+    mask_shape: ClassVar[Shape] = "inverse_block"
+    name: Literal["latent"] = "latent"
+    views: int = Field(4, ge=1, description="masked views of each clip, for one encoding of the teacher's")
+    target_layers: int = Field(8, ge=1, description="the teacher's last blocks that are averaged; all, if it has less")
+    clip_weight: float = Field(1.0, ge=0, description="of the clip-level loss")
+    decay: tuple[float, float] = Field((0.999, 0.9999), description="the teacher's, at the start and after the ramp")
+    decay_ramp: float = Field(0.3, gt=0, le=1, description="share of the run over which the decay rises")
+    decoder_width: int = Field(128, ge=4, multiple_of=4)
+    decoder_depth: int = Field(6, ge=1)
+    decoder_groups: int = Field(16, ge=1, description="of its convolutions; a divisor of its width")
+
+    @field_validator("decay")
+    @classmethod
+    def _rising(cls, decay: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= decay[0] <= decay[1] <= 1:
+            raise ValueError("the decay rises, from 0 or more to 1 or less")
+        return decay
+
+    @field_validator("decoder_groups")
+    @classmethod
+    def _dividing(cls, groups: int, info: ValidationInfo) -> int:
+        if info.data.get("decoder_width", groups) % groups:
+            raise ValueError(f"does not divide decoder_width {info.data['decoder_width']}")
+        return groups
+
+
+def teacher_decay(options: LatentOptions, u: float) -> float:
+    """The share of itself that the teacher keeps in a step, at the fraction `u` of the run."""
+    first, last = options.decay
+    return first + (last - first) * min(u / options.decay_ramp, 1.0)
+
+
+def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, N, D) -> mean 0 and deviation 1 over the real tokens of each clip, channel by channel."""
+    weight = torch.ones_like(x[..., :1]) if valid is None else valid[..., None].to(x.dtype)
+    count = weight.sum(1, keepdim=True)
+    mean = (x * weight).sum(1, keepdim=True) / count
+    variance = ((x - mean).square() * weight).sum(1, keepdim=True) / count
+    return (x - mean) * (variance + 1e-5).rsqrt()
+
+
+class Latent(nn.Module):
+    """Encoder of what each view keeps, convolutional decoder of all; teacher of the whole clip.
+
+    The loss is the mean squared error of the masked tokens' targets, and of the clip's own target, which the class
+    token is asked for. What the teacher makes of the clip is shared by all views, as the spectrogram is.
+    """
+
+    comparable_loss = False  # the teacher moves, and the yardstick with it
+
+    def __init__(self, model: EncoderOptions, options: LatentOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.options, self.geometry, self.views = options, geometry, options.views
+        self.encoder = Encoder(model, geometry)
+        self.teacher = Encoder(model, geometry).requires_grad_(False)
+        self.teacher.load_state_dict(self.encoder.state_dict())
+        self.decoder = ConvDecoder(
+            model.width, options.decoder_width, options.decoder_depth, options.decoder_groups, geometry
+        )
+        self.clip_head = nn.Linear(model.width, model.width)
+        self.clip_head.apply(initialise)
+        self.train()
+
+    def train(self, mode: bool = True) -> Latent:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def targets(self, patches: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the teacher makes of whole clips, (B, N, P) -> targets of tokens (B, N, D) and of clips (B, D), and its
+        features (B, D).
+
+        Tokens: the mean of the last layers, each normalised over the clip. That takes the clip's own mean away, so a
+        clip's target is the mean of the layers as they are, over the real tokens, and normalised over its channels.
+        """
+        layers = self.teacher.layers(patches, valid)
+        used = [layer.float() for layer in layers[-self.options.target_layers :]]
+        tokens = torch.stack([instance_norm(x[:, self.teacher.num_prefix :], valid) for x in used]).mean(0)
+        whole = read_out(torch.stack(used).mean(0), valid, "mean", self.teacher.num_prefix)
+        features = read_out(self.teacher.norm(layers[-1]), valid, "mean", self.teacher.num_prefix)
+        return tokens, F.layer_norm(whole, whole.shape[1:]), features.float()
+
+    def forward(self, batch: Batch) -> StepResult:
+        patches = patchify(batch.spec, batch.geometry)
+        tokens, clips, features = self.targets(patches, batch.valid)
+        kept = torch.cat([mask.kept for mask in batch.masks])  # (V B, K)
+        masked = torch.cat([mask.masked for mask in batch.masks])
+        short = torch.cat([mask.kept_valid for mask in batch.masks]) if batch.short else None
+        encoded, prefix = self.encoder(patches, kept, short), self.encoder.num_prefix
+        valid = None if batch.valid is None else batch.valid.repeat(self.views, 1)
+        predicted = self.decoder(encoded[:, prefix:], kept, valid).float()
+        error = (predicted - tokens.repeat(self.views, 1, 1)).square().mean(-1) * masked
+        # a short clip may be a single token, which is never masked
+        token_loss = (error.sum(1) / masked.sum(1).clamp(min=1)).mean()
+        told = self.clip_head(encoded[:, :prefix].mean(1)).float()
+        clip_loss = (told - clips.repeat(self.views, 1)).square().mean()
+        return StepResult(token_loss + self.options.clip_weight * clip_loss, {
+            "token_loss": token_loss.detach(), "clip_loss": clip_loss.detach(),
+            "std_of_l2_normalized": spread_of(features),
+        })
+
+    @torch.no_grad()
+    def after_step(self, u: float) -> None:
+        """The teacher follows."""
+        decay = teacher_decay(self.options, u)
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
+        """(B, D) features of whole clips ((B, 2 D) for mean_std), by the encoder that was trained."""
+        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Spectrograms (B, T, F): the input, and what of it the first view keeps (NaN elsewhere). Nothing is drawn."""
+        patches = patchify(batch.spec, batch.geometry)
+        views = {"input": patches, "kept": patches.masked_fill(batch.masks[0].masked[..., None], torch.nan)}
+        return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
+
+
+def spread_of(features: Tensor) -> Tensor:
+    """How far apart clips are, (B, D) -> (): 0 is collapse, 1 / sqrt(D) are directions without any order (Chen & He,
+    CVPR 2021). NaN for a single clip, which tells nothing."""
+    if len(features) < 2:
+        return features.new_tensor(torch.nan)
+    spread: Tensor = std_of_l2_normalized(features)
+    return spread
+
+
+def latent_cost(
+    model: EncoderOptions, options: LatentOptions, geometry: Geometry, mask_ratio: float
+) -> list[cost.Part]:
+    """Costs of one clip in one step: the student's for every view, and the teacher's once, forward only."""
+    tokens, views = geometry.num_tokens, options.views
+    kept = tokens - num_masked(tokens, mask_ratio)
+    decoder = conv_decoder_cost(
+        model.width, options.decoder_width, options.decoder_depth, options.decoder_groups, geometry, kept
+    )
+    return [
+        cost.Part("teacher", cost.forward_flops(encoder_cost(model, geometry, tokens)), 1.0),
+        *cost.times(views, encoder_cost(model, geometry, kept)),
+        cost.Part("decoder", views * decoder),
+        cost.Part("clip head", views * cost.linear(1, model.width, model.width)),
+    ]

@@ -1,0 +1,171 @@
+"""SSAST: tell each hidden patch from the others of its clip, and draw it.
+
+Gong et al., "SSAST: Self-Supervised Audio Spectrogram Transformer", AAAI 2022, section 2.3 (equations 1 to 3), and its
+published code, github.com/YuanGongND/ssast. Legend: B batch, N tokens, M masked tokens, P values of a patch, D width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_c2f import cost
+from ssl_c2f.data.front_end import Batch
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import Mask, Shape, num_masked
+from ssl_c2f.models.heads import Readout, read_out
+from ssl_c2f.models.patches import patchify, real_values, unpatchify
+from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
+from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.options import Options
+
+Softmax = Literal["targets", "predictions"]
+
+
+class SSASTOptions(Options):
+    """Defaults are sound and cheap; `passes: two`, `softmax: predictions` and `mask.shape=one_way_cluster` are what the
+    published code does."""
+
+    mask_shape: ClassVar[Shape] = "cluster"
+    name: Literal["ssast"] = "ssast"
+    passes: Literal["one", "two"] = Field("one", description="two: a pass and a mask of its own for each loss")
+    softmax: Softmax = Field("targets", description="targets: for each prediction, over the clip's hidden patches")
+    mse_weight: float = Field(10.0, ge=0)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """How well predictions find their own patch, a value for each clip (B,)."""
+
+    nce: Tensor  # InfoNCE, in nats
+    accuracy: Tensor
+    count: Tensor  # K, the patches to choose from: chance is an nce of ln K and an accuracy of 1 / K
+
+
+def match(predictions: Tensor, targets: Tensor, valid: Tensor, softmax: Softmax = "targets") -> Matches:
+    """InfoNCE over the hidden patches of each clip (SSAST, equation 1).
+
+    Args:
+        predictions: (B, M, P).
+        targets: (B, M, P); the similarity of a prediction and a target is their dot product.
+        valid: (B, M) bool, False where a row is only there to fill up a short clip.
+        softmax: over the targets for each prediction, or over the predictions for each target, as SSAST's code does;
+            its accuracy then asks, of those softmaxes, which target gives a prediction the largest share.
+    """
+    with torch.autocast(targets.device.type, enabled=False):  # sums over P values of a softmax's exponents
+        scores = predictions.float() @ targets.float().mT  # (B, prediction, target)
+    pairs = valid[:, :, None] & valid[:, None, :]
+    scores = scores.masked_fill(~pairs, -1e30)  # finite: rows of padding have nothing else
+    shares = scores.log_softmax(2 if softmax == "targets" else 1)
+    count = valid.sum(1)
+    own = torch.arange(valid.shape[1], device=valid.device)
+    right = (shares.masked_fill(~pairs, -torch.inf).argmax(2) == own) & valid
+    nce = -shares.diagonal(dim1=1, dim2=2).masked_fill(~valid, 0.0).sum(1)
+    return Matches(nce / count.clamp(min=1), right.sum(1) / count.clamp(min=1), count)
+
+
+def squared_error(predictions: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """(B, M, P) each, `weight` of 0 and 1 -> (B,) mean squared error (SSAST, equation 2)."""
+    error = (predictions.float() - targets).square() * weight
+    return error.sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)
+
+
+def head(width: int, patch_dim: int, last: Literal["to_match", "to_patch"]) -> nn.Sequential:
+    """Linear, ReLU, linear, (..., D) -> (..., P). The last layer's name says what it gives: what a patch is multiplied
+    with, or what it looks like; its rows are resized accordingly where the patch changes."""
+    layers = {"hidden": nn.Linear(width, width), "relu": nn.ReLU(), last: nn.Linear(width, patch_dim)}
+    return nn.Sequential(OrderedDict(layers)).apply(initialise)
+
+
+class SSAST(nn.Module):
+    """Encoder of all tokens, the masked ones replaced by one learned embedding, and a head for each of the losses.
+
+    For those who bring published weights: `encoder` is `v`, `mask_token` is `mask_embed`, `match_head` is `cpredlayer`
+    and `draw_head` is `gpredlayer`, with `.hidden` for `.0` and `.to_match` or `.to_patch` for `.2`.
+    """
+
+    comparable_loss = True
+
+    def __init__(self, model: EncoderOptions, options: SSASTOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.options, self.geometry = options, geometry
+        self.views = 2 if options.passes == "two" else 1
+        self.encoder = Encoder(model, geometry)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, model.width).normal_(std=0.02))
+        self.match_head = head(model.width, geometry.patch_dim, "to_match")
+        self.draw_head = head(model.width, geometry.patch_dim, "to_patch")
+
+    def encode(self, patches: Tensor, mask: Mask, batch: Batch) -> Tensor:
+        """(B, N, P) -> (B, N, D), of a clip whose masked patches are hidden."""
+        encoded: Tensor = self.encoder(patches, valid=batch.valid, hidden=(mask.masked, self.mask_token))
+        return encoded[:, self.encoder.num_prefix :]
+
+    def forward(self, batch: Batch) -> StepResult:
+        patches, real = patchify(batch.spec, batch.geometry), real_values(batch.num_frames, batch.geometry)
+        first, last = batch.masks[0], batch.masks[-1]
+        tokens = self.encode(patches, first, batch)
+        index, valid = masked_tokens(first)
+        found = match(self.match_head(take(tokens, index)), take(patches, index), valid, self.options.softmax)
+        if self.options.passes == "two":
+            tokens = self.encode(patches, last, batch)
+            index, valid = masked_tokens(last)
+        weight = take(real, index) & valid[..., None]
+        mse = squared_error(self.draw_head(take(tokens, index)), take(patches, index), weight).mean()
+        nce = found.nce.mean()
+        count = found.count.clamp(min=1).float()
+        return StepResult(nce + self.options.mse_weight * mse, {
+            "nce": nce.detach(), "nce_accuracy": found.accuracy.mean(), "mse": mse.detach(),
+            "nce_k": count.mean(), "nce_chance": count.log().mean(),
+        })
+
+    def after_step(self, t: float) -> None:
+        """Nothing moves but what the optimiser moves."""
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
+        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
+        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Spectrograms (B, T, F): the input, what of it was not hidden (NaN elsewhere), and the reconstruction."""
+        patches, mask = patchify(batch.spec, batch.geometry), batch.masks[-1]
+        masked = mask.masked[..., None]
+        drawn = self.draw_head(self.encode(patches, mask, batch)).float()
+        views = {
+            "input": patches,
+            "kept": patches.masked_fill(masked, torch.nan),
+            "reconstruction": torch.where(masked, drawn, patches),
+        }
+        return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
+
+
+def masked_tokens(mask: Mask) -> tuple[Tensor, Tensor]:
+    """(B, M) indices of the masked tokens, ascending, M those of a full-length clip; and (B, M) bool, False where a
+    shorter clip has no more of them."""
+    most = mask.masked.shape[1] - mask.kept.shape[1]
+    index = mask.masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return index, mask.masked.gather(1, index)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """(B, N, X) at (B, M) -> (B, M, X)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def ssast_cost(model: EncoderOptions, options: SSASTOptions, geometry: Geometry, mask_ratio: float) -> list[cost.Part]:
+    """Costs of one clip in one step: every token runs through the encoder, in each pass."""
+    passes, tokens = 2 if options.passes == "two" else 1, geometry.num_tokens
+    masked, patch = num_masked(tokens, mask_ratio), geometry.patch_dim
+    one = cost.linear(masked, model.width, model.width) + cost.linear(masked, model.width, patch)
+    return [
+        *cost.times(passes, encoder_cost(model, geometry, tokens)),
+        cost.Part("heads", 2 * one),
+        cost.Part("similarities", cost.linear(masked, patch, masked), 2.0),  # no gradient flows into the targets
+    ]

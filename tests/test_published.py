@@ -1,0 +1,243 @@
+"""Weights that others published, by way of `ssl_c2f convert`: recognised, mapped, and giving what they gave there."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import foreign
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_c2f import cli
+from ssl_c2f.data.front_end import Batch, Statistics
+from ssl_c2f.masking import Mask
+from ssl_c2f.models import published
+from ssl_c2f.models.patches import patchify
+from ssl_c2f.objectives import Objective
+from ssl_c2f.options import UserError
+from ssl_c2f.weights import ImportOptions, Weights, import_published, load_weights, rebuild
+
+SMALL = ImportOptions(num_mels=foreign.MELS)
+TINY = {"AudioMAE": foreign.audiomae, "AST": foreign.ast, "SSAST": foreign.ssast, "timm ViT": foreign.image}
+
+
+def converted(state: Any, folder: Path, *words: str) -> tuple[Objective, Weights]:
+    """Through the command line, and opened again."""
+    torch.save(state, folder / "published.pth")
+    assert cli.main(["convert", str(folder / "published.pth"), "--out", str(folder / "ours"), *words]) == 0
+    weights = load_weights(folder / "ours")
+    return rebuild(weights), weights
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def time_first(index: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Indices t F' + f as ours, f T' + t."""
+    return index % grid[0] * grid[1] + index // grid[0]
+
+
+@torch.no_grad()
+def test_ssast_as_published(tmp_path: Path) -> None:
+    state, case = foreign.fixture("ssast_tiny_depth2")
+    model, weights = converted(state, tmp_path)
+    tokens = model.encoder(patchify(case["input"], weights.geometry))
+    assert model.encoder.num_prefix == 2 and weights.geometry.grid == (8, 64)
+    assert relative(tokens[:, 2:].mean(1), case["avgtok"]) < 1e-5
+    assert relative(tokens[:, :2].mean(1), case["cls"]) < 1e-5
+    published_losses = {"name": "ssast", "passes": "two", "softmax": "predictions"}
+    options = {**weights.options, "objective": published_losses}
+    as_published = rebuild(dataclasses.replace(weights, options=options))
+    result = as_published(batch_of(case, weights))
+    for name, own in (("nce", "nce"), ("mse", "mse"), ("accuracy", "nce_accuracy")):
+        assert relative(result.metrics[own], case[name]) < 1e-5, name
+    sound = model(batch_of(case, weights)).metrics
+    assert relative(sound["nce"], case["nce"]) > 1e-5  # over the targets: another number
+
+
+def batch_of(case: foreign.State, weights: Weights) -> Batch:
+    """The published input with its two masks."""
+    masks, g = [], weights.geometry
+    valid = torch.ones(2, g.num_tokens, dtype=torch.bool)
+    for name in ("mask_mpc", "mask_mpg"):
+        hidden = torch.zeros_like(valid).scatter(1, case[name], True)
+        kept = (~hidden).nonzero()[:, 1].view(2, -1)
+        masks.append(Mask(kept, torch.ones_like(kept, dtype=torch.bool), hidden, valid))
+    rows = torch.arange(2)
+    frames = torch.full((2,), case["input"].shape[1])
+    return Batch(case["input"], frames, rows, rows, torch.zeros(2, 0), g, False, tuple(masks))
+
+
+@torch.no_grad()
+def test_audiomae_as_published(tmp_path: Path) -> None:
+    state, case = foreign.fixture("audiomae_encoder_depth2")
+    model, weights = converted({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path)
+    g = weights.geometry
+    patches = patchify(case["input"][:, 0], g)
+    kept = model.encoder(patches, time_first(case["keep"], g.grid))
+    assert relative(kept, case["latent_kept"]) < 1e-5
+    order = time_first(torch.arange(g.num_tokens), g.grid)
+    full = model.encoder(patches)
+    assert relative(torch.cat([full[:, :1], full[:, 1:][:, order]], 1), case["latent_full"]) < 1e-5
+
+
+@torch.no_grad()
+def test_ast_as_published(tmp_path: Path) -> None:
+    state, case = foreign.fixture("ast_tiny_depth2_stride10")
+    model, weights = converted(state, tmp_path)
+    g = weights.geometry
+    assert g.grid == (12, 50) and (g.stride_f, g.stride_t) == (10, 10) and len(weights.classes) == 50
+    logits = model.head(model.encoder(patchify(case["input"], g)), None)  # type: ignore[union-attr, operator]
+    assert relative(logits, case["logits"]) < 1e-5
+
+
+@torch.no_grad()
+def test_time_first_tokens_as_timm_computes_them(tmp_path: Path) -> None:
+    """AudioMAE's layout, against timm itself: needs no fixture."""
+    theirs = foreign.vit((foreign.FRAMES, foreign.MELS))
+    model, weights = converted(theirs.state_dict(), tmp_path, f"num_mels={foreign.MELS}")
+    g, spec = weights.geometry, torch.randn(2, foreign.FRAMES, foreign.MELS)
+    wanted = theirs.forward_features(spec[:, None])
+    found = model.encoder(patchify(spec, g))[:, 1:][:, time_first(torch.arange(g.num_tokens), g.grid)]
+    assert g.grid == (2, 5) and relative(found, wanted[:, 1:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [(16, 16), (32, 2)], ids=["patch", "frame"])
+def test_ssast_of_patches_and_of_frames(patch: tuple[int, int], tmp_path: Path) -> None:
+    state = foreign.ssast(patch)
+    model, weights = converted(state, tmp_path)
+    g = weights.geometry
+    assert (g.patch_f, g.patch_t) == patch and g.num_mels == foreign.MELS and g.covered == foreign.FRAMES
+    theirs = foreign.vit((foreign.MELS, foreign.FRAMES), patch)
+    spec = torch.randn(2, foreign.FRAMES, foreign.MELS)
+    x = theirs.patch_embed(spec.mT[:, None])
+    extra = [state["module.v.cls_token"], state["module.v.dist_token"]]
+    x = torch.cat([*(token.expand(2, -1, -1) for token in extra), x], 1) + state["module.v.pos_embed"]
+    assert relative(model.encoder(patchify(spec, g)), theirs.norm(theirs.blocks(x))) < 1e-5
+
+
+def test_an_image_becomes_a_spectrogram(tmp_path: Path) -> None:
+    """4x4 patches of three colours -> 2 rows, the middle ones, by 10 columns that span the same positions."""
+    state = foreign.image()
+    columns = torch.arange(4.0)[None, None, :, None].expand(1, 4, 4, foreign.WIDTH)
+    rows = 10 * torch.arange(4.0)[None, :, None, None]
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], (rows + columns).flatten(1, 2)], 1)
+    _, weights = converted(state, tmp_path, f"num_mels={foreign.MELS}", "frames=160")
+    assert weights.geometry.grid == (2, 10) and not weights.classes
+    table = weights.state["encoder.positions"].view(2, 10, -1)[..., 0]
+    assert torch.allclose(table[1] - table[0], torch.tensor(10.0)) and torch.allclose(table.mean(), torch.tensor(16.5))
+    assert (table.diff(dim=1) >= 0).all() and table[0, 0] == 10 and table[0, -1] == 13
+    kernel = weights.state["encoder.patch_embed.weight"]
+    assert torch.equal(kernel, state["patch_embed.proj.weight"].sum(1).flatten(1))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_any_renamed_or_missing_tensor_fails(name: str, tmp_path: Path) -> None:
+    def kind(state: foreign.State) -> str:
+        torch.save(state, tmp_path / "weights.pth")
+        return import_published(tmp_path / "weights.pth", SMALL)[0].source["kind"]
+
+    state = TINY[name]()
+    assert kind(state) == name
+    dropped = next(kind.dropped for kind in published.KINDS if kind.name == name)
+    for key in state:
+        if "blocks.0" in key or any(re.fullmatch(pattern, key.removeprefix("module.")) for pattern in dropped):
+            continue
+        rest = {other: value for other, value in state.items() if other != key}
+        with pytest.raises(UserError, match=r"weights\.pth") as error:
+            kind({**rest, f"{key[:-1]}_": state[key]})
+        assert "\n" not in str(error.value)
+        if not re.search(r"dist_token|mask_embed|[cg]pred", key):  # without these it is another kind, or less of one
+            with pytest.raises(UserError):
+                kind(rest)
+
+
+def test_a_renamed_tensor_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for old, new in (("attn.qkv.bias", "attn.qkw.bias"), ("mlp_head.1.bias", "mlp_head.2.bias")):
+        state = foreign.ast()
+        key = next(key for key in state if key.endswith(old))
+        state[key.replace(old, new)] = state.pop(key)
+        torch.save(state, tmp_path / "renamed.pth")
+        assert cli.main(["convert", str(tmp_path / "renamed.pth"), "--out", str(tmp_path / "ours"), "num_mels=32"]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "renamed.pth" in lines[0] and new in lines[0]
+        assert not (tmp_path / "ours").exists()
+
+
+class Malicious:
+    """Unpickling it creates a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda what, file: Path(file).write_bytes(pickle.dumps(what, 2))])
+def test_a_malicious_pickle_runs_nothing(writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    writer({"model": foreign.audiomae(), "args": Malicious(trace)}, file)
+    for words in (["convert", str(file), "--out", str(tmp_path / "ours")], ["probe", "--ckpt", str(file)]):
+        assert cli.main(words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "weights.pth" in lines[0]
+    assert not trace.exists() and not (tmp_path / "ours").exists()
+    os.system(f"touch {trace}")  # what it would have done
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"no pickle", b"", pickle.dumps([1, 2], 2)])
+def test_other_files_are_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file.pth"
+    file.write_bytes(content)
+    assert cli.main(["embed", "--ckpt", str(file), f"out={tmp_path / 'x.npz'}", f"data.root={tmp_path}"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_statistics_licence_and_names_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, weights = converted(foreign.audiomae(), tmp_path, f"num_mels={foreign.MELS}")
+    said = capsys.readouterr().out
+    assert "AudioMAE" in said and "CC-BY-NC" in said and "AudioSet" in said and "transfer: " in said
+    assert [*weights.statistics.values()] == [Statistics(-4.2677393, 4.5689974, 2.0)]
+    assert weights.source["licence"].startswith("CC-BY-NC-4.0")
+    assert "CC-BY-NC-4.0" in (tmp_path / "ours/NOTICE").read_text()
+    assert json.loads((tmp_path / "ours/transfer.json").read_text())["count"]["dropped"] == 1
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\nowl\n")
+    torch.save(foreign.ast(), tmp_path / "ast.pth")
+    given = SMALL.model_copy(update={"mean": -5.0, "std": 3.0, "labels": str(names), "several": True})
+    weights, _ = import_published(tmp_path / "ast.pth", given)
+    assert weights.classes == ("cat", "dog", "owl") and weights.options["objective"]["labels"] == "multi"
+    assert [*weights.statistics.values()] == [Statistics(-5.0, 3.0, 2.0)]
+    names.write_text("cat\n")
+    with pytest.raises(UserError, match="1 names, but the weights have 3"):
+        import_published(tmp_path / "ast.pth", given)
+
+
+def test_the_stride_of_ast_is_said_or_given(tmp_path: Path) -> None:
+    torch.save(foreign.ast(stride=10), tmp_path / "ast.pth")
+    weights, _ = import_published(tmp_path / "ast.pth", SMALL)
+    assert weights.geometry.grid == (2, 7) and any("stride 10x10 taken" in line for line in weights.notes)
+    given = SMALL.model_copy(update={"stride_f": 16, "stride_t": 16})
+    assert import_published(tmp_path / "ast.pth", given)[0].geometry.overlaps is False
+
+
+def test_convert_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(foreign.ssast(), tmp_path / "a.pth")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("mine")
+    assert cli.main(["convert", str(tmp_path / "a.pth"), "--out", str(tmp_path / "there")]) == 2
+    assert "give a new folder" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "nothing.pth"), "--out", str(tmp_path / "new")]) == 2
+    assert "nothing.pth" in capsys.readouterr().err
