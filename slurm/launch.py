@@ -50,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--ckpt", type=Path, required=True, metavar="RUN|FILE")
         if name == "pipeline":
             sub.add_argument("--finetune-config", default=None, metavar="CONFIG")
+        sub.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each, as arrays")
+        sub.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,C", help="one run for each value")
         if name in ("pretrain", "train"):
-            sub.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each, as arrays")
-            sub.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,C", help="one run for each value")
             sub.add_argument("--phases", default="", metavar="A,B", help="only these")
         _add_flags(sub)
     for name in ("status", "cancel"):
