@@ -197,7 +197,7 @@ def _evaluation(arguments: argparse.Namespace) -> Work:
     path = (arguments.run_dir or find_run(ckpt)).resolve()
     file = path / FOLDER / "evaluate.yaml"
     job = Job("evaluate", "evaluate", str(file), str(path), str(ckpt))
-    return Work(path, [[[Task(job, done=False)]]], [(options, file)])
+    return Work(path, [[[Task(job, lambda: False)]]], [(options, file)])
 
 
 def find_run(ckpt: Path) -> Path:
