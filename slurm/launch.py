@@ -73,7 +73,7 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
     for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mail-user", "mail-type"):
         sub.add_argument(f"--{name}", default=None, help="as sbatch has it")
     sub.add_argument("--setup", action="append", default=[], metavar="LINE", help="before the job: 'module load x'")
-    sub.add_argument("--srun-args", default="", metavar="'--x --y=1'", help="more arguments for srun")
+    sub.add_argument("--srun-args", default="", metavar="'--x --y=1'", help="more for srun; one alone: --srun-args=--x")
     sub.add_argument("--python", default=None, metavar="COMMAND", help="such as 'apptainer exec --nv image.sif python'")
     sub.add_argument("--snapshot", action="store_true", help="jobs use a copy of the code as it is now")
     sub.add_argument("--dry-run", action="store_true", help="print scripts, what waits for what, and the cost")
