@@ -82,6 +82,15 @@ def straight(config: Path, sounds: Path, run: Path, processes: int) -> bytes:
     return weights(run)
 
 
+def local(config: Path, sounds: Path, run: Path, processes: int) -> bytes:
+    """The weights of a run by `--cluster local`."""
+    words = [sys.executable, ROOT / "slurm" / "launch.py", "pretrain", config, f"data.root={sounds}", "--run-dir", run]
+    command = [*words, "--cluster", "local", "--ngpus", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return weights(run)
+
+
 @dataclass
 class ClusterRun:
     """A run that is launched, struck, and launched again."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_runs import CONFIG, ROOT, THREE, ClusterRun, go_on, launch, straight, wait_for, weights
+from cluster_runs import CONFIG, THREE, ClusterRun, go_on, launch, local, straight, wait_for, weights
 
 from ssl_c2f import cluster, schedule
 from ssl_c2f.jobstatus import parts_of
@@ -79,7 +78,7 @@ def begun(slurm: None, sounds: Path, tmp_path_factory: pytest.TempPathFactory) -
         straights = {
             "three": pool.submit(straight, folder / "three.yaml", sounds, folder / "straight-three", 2),
             "tiny": pool.submit(straight, tiny, sounds, folder / "straight", 1),
-            "local": pool.submit(local, tiny, sounds, folder / "local"),
+            "local": pool.submit(local, tiny, sounds, folder / "local", 1),
         }
         yield Begun(folder, three, failing, seeds, (*pipeline, data), relaunched, straights)
 
@@ -92,14 +91,6 @@ def launch_again(run: ClusterRun) -> tuple[list[str], str]:
         return ids, run.launch()
     finally:
         go_on(pids)
-
-
-def local(config: Path, sounds: Path, run: Path) -> bytes:
-    """The weights of a run by `--cluster local`."""
-    words = [sys.executable, ROOT / "slurm" / "launch.py", "pretrain", config, f"data.root={sounds}"]
-    done = subprocess.run([*words, "--cluster", "local", "--run-dir", run], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return weights(run)
 
 
 def test_a_phase_that_raises_takes_its_children_along(begun: Begun) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster_runs import CONFIG, STEPS, ClusterRun, go_on, is_pending, launch, straight, wait_for
+from cluster_runs import CONFIG, STEPS, ClusterRun, go_on, is_pending, launch, local, straight, wait_for
 from cluster_runs import weights as final_weights
 from submitit import SlurmJob
 
@@ -137,7 +137,7 @@ def ends(
     """All runs at once, since they mostly wait: how each of them ends, and the undisturbed ones by their processes."""
     asked = {item.name for item in request.session.items}  # a test that runs alone begins what it needs
     wanted = {name for name in WAYS if any(f"[{name}]" in test for test in asked)}
-    processes = {WAYS[name][1] for name in wanted} | ({1, 2} if "test_processes_differ" in asked else set())
+    processes = {WAYS[name][1] for name in wanted} | ({1, 2} if "test_two_processes" in asked else set())
 
     def begin(name: str) -> Future[bytes]:
         _, ranks, flags = WAYS[name]
@@ -145,9 +145,11 @@ def ends(
         words = (config, f"data.root={sounds}", *size, *flags)
         return pool.submit(survive, ClusterRun(folder / name.replace(" ", "-"), words, ranks), name)
 
-    with ThreadPoolExecutor(len(WAYS) + 1) as pool:
+    with ThreadPoolExecutor(len(WAYS) + 3) as pool:
         found: dict[object, Future[bytes]] = {name: begin(name) for name in WAYS if name in wanted}
         found |= {n: pool.submit(straight, config, sounds, folder / f"straight-{n}", n) for n in processes}
+        if "test_two_processes" in asked:
+            found["local"] = pool.submit(local, config, sounds, folder / "local", 2)
         yield found
 
 
@@ -156,9 +158,9 @@ def test_ends_with_the_weights_of_an_undisturbed_run(name: str, ends: dict[objec
     assert ends[name].result() == ends[WAYS[name][1]].result()
 
 
-def test_processes_differ(ends: dict[object, Future[bytes]]) -> None:
-    """Else the tests above could not tell one phase's weights from another's."""
-    assert ends[1].result() != ends[2].result()
+def test_two_processes(ends: dict[object, Future[bytes]]) -> None:
+    """By `--cluster local` as by torchrun; not to the bit as one process, or the tests above could not tell them apart."""
+    assert ends["local"].result() == ends[2].result() != ends[1].result()
 
 
 @pytest.mark.parametrize("name", WANDB)
