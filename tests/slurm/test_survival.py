@@ -159,7 +159,7 @@ def test_ends_with_the_weights_of_an_undisturbed_run(name: str, ends: dict[objec
 
 
 def test_two_processes(ends: dict[object, Future[bytes]]) -> None:
-    """By `--cluster local` as by torchrun; not to the bit as one process, or the tests above could not tell them apart."""
+    """By `--cluster local` as by torchrun; and not as one, or the tests above could not tell weights apart."""
     assert ends["local"].result() == ends[2].result() != ends[1].result()
 
 
