@@ -95,7 +95,7 @@ def launch_again(run: ClusterRun) -> tuple[list[str], str]:
 
 def test_a_phase_that_raises_takes_its_children_along(begun: Begun) -> None:
     run = begun.failing
-    run.finish(100)
+    run.finish(200)
     coarse, fine = parts_of(run.path)
     assert coarse.failed and coarse.error.startswith("UserError: 1 steps had a non-finite loss")
     assert fine.failed and fine.state.startswith("CANCELLED")
