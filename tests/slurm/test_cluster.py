@@ -202,7 +202,7 @@ def test_dry_run_shows_what_is_submitted(tmp_path: Path, config: Path, sounds: P
     [
         (["--partition", "nowhere"], "Slurm refuses such a job: "),
         (["--partition", "short", "--timeout", "60"], "Slurm refuses such a job: "),
-        (["--nodes", "9"], "Slurm refuses such a job: "),
+        (["--nodes", "8"], "Slurm refuses such a job: "),
         (["--mem", "900GB"], "Slurm refuses such a job: "),
         (["--run-dir", "/proc/runs/x"], "cannot write /proc/runs/x"),
         (["phases.0.stepz=3"], "steps"),
