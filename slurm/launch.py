@@ -50,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--ckpt", type=Path, required=True, metavar="RUN|FILE")
         if name == "pipeline":
             sub.add_argument("--finetune-config", default=None, metavar="CONFIG")
+        sub.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each, as arrays")
+        sub.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,C", help="one run for each value")
         if name in ("pretrain", "train"):
-            sub.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each, as arrays")
-            sub.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,C", help="one run for each value")
             sub.add_argument("--phases", default="", metavar="A,B", help="only these")
         _add_flags(sub)
     for name in ("status", "cancel"):
@@ -73,7 +73,7 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
     for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mail-user", "mail-type"):
         sub.add_argument(f"--{name}", default=None, help="as sbatch has it")
     sub.add_argument("--setup", action="append", default=[], metavar="LINE", help="before the job: 'module load x'")
-    sub.add_argument("--srun-args", default="", metavar="'--x --y=1'", help="more arguments for srun")
+    sub.add_argument("--srun-args", default="", metavar="'--x --y=1'", help="more for srun; one alone: --srun-args=--x")
     sub.add_argument("--python", default=None, metavar="COMMAND", help="such as 'apptainer exec --nv image.sif python'")
     sub.add_argument("--snapshot", action="store_true", help="jobs use a copy of the code as it is now")
     sub.add_argument("--dry-run", action="store_true", help="print scripts, what waits for what, and the cost")

@@ -44,7 +44,8 @@ def runs_below(path: Path) -> list[Path]:
     Raises:
         UserError: none.
     """
-    found = [file.parent for pattern in ("", "finetune/*/", "*/") for file in sorted(path.glob(f"{pattern}jobs.json"))]
+    below = ("", "finetune/*/", "*/", "*/finetune/*/")
+    found = [file.parent for pattern in below for file in sorted(path.glob(f"{pattern}jobs.json"))]
     if not found:
         raise UserError(f"{path}: no jobs were submitted for it (there is no jobs.json)")
     return list(dict.fromkeys(found))
@@ -55,7 +56,6 @@ def parts_of(run: Path) -> list[Part]:
     jobs = read_jobs(run)
     queue = cluster.active({job["id"] for job in jobs.values()}) if shutil.which("squeue") else {}
     events = events_of(run)
-    plan, metrics = _plan(run), read_metrics(run)
     parts = []
     for name, job in jobs.items():
         own = [event for event in events if event["part"] == name and event["job"] == job["id"]]
@@ -68,7 +68,7 @@ def parts_of(run: Path) -> list[Part]:
         rank = failures[0]["rank"] if failures else 0
         log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
         requeues = max(len(starts) - 1, 0)
-        parts.append(Part(run, name, job["id"], log, state, error, requeues, *_pace(name, plan, metrics)))
+        parts.append(Part(run, name, job["id"], log, state, error, requeues, *_pace(run, name)))
     return parts
 
 
@@ -118,20 +118,26 @@ def _plan(run: Path) -> list[dict[str, Any]]:
     return phases
 
 
-def _pace(name: str, plan: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> tuple[str, str, str]:
-    """Steps of the phase that are done, clips a second, and the time that is left."""
-    first = 0
-    for phase in plan:
-        if phase["name"] == name:
-            records = [record for record in metrics if record["phase"] == name and "clips_per_second" in record]
-            if not records:
-                return f"0/{phase['steps']}", "-", "-"
-            done, rate = records[-1]["step"] - first, records[-1]["clips_per_second"]
-            seconds = round((phase["steps"] - done) * phase["batch_size"] / rate)
-            left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            return f"{done}/{phase['steps']}", f"{rate:.0f}", left
-        first += phase["steps"]
-    return "-", "-", "-"
+def _pace(run: Path, name: str) -> tuple[str, str, str]:
+    """Steps of a phase, or of all phases of a fold, that are done, clips a second, and the time that is left."""
+    is_fold = name.startswith("fold-")
+    folder = run / name if (run / name / "plan.json").exists() else run  # recordings without folds have one fit, `run`
+    plan = _plan(folder)
+    own = [i for i, phase in enumerate(plan) if phase["name"] == name or is_fold]
+    if not own:
+        return "-", "-", "-"
+    first, steps = sum(phase["steps"] for phase in plan[: own[0]]), sum(plan[i]["steps"] for i in own)
+    names = {plan[i]["name"] for i in own}
+    records = [r for r in read_metrics(folder) if r["phase"] in names and "clips_per_second" in r]
+    if not records:
+        return f"0/{steps}", "-", "-"
+    done, rate, clips = records[-1]["step"] - first, records[-1]["clips_per_second"], 0
+    for i in own:
+        end = sum(phase["steps"] for phase in plan[: i + 1]) - first
+        clips += min(max(end - done, 0), plan[i]["steps"]) * plan[i]["batch_size"]
+    seconds = round(clips / rate)
+    left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return f"{done}/{steps}", f"{rate:.0f}", left
 
 
 def _tail(log: Path) -> list[str]:

@@ -95,12 +95,7 @@ def _work(arguments: argparse.Namespace, resources: Resources) -> Work:
         case "pipeline":
             return _pipeline(arguments, resources)
         case "finetune":
-            ckpt = arguments.ckpt.resolve()
-            options, _ = config.read(
-                "finetune", FinetuneOptions, arguments.words, checkpoint_defaults(load_weights(ckpt))
-            )
-            path = _folder(arguments, options, find_run(ckpt) / "finetune" / options.name)
-            return _finetuning(options, path, ckpt, resources)
+            return _finetunings(arguments, resources)
         case _:
             return _evaluation(arguments)
 
@@ -114,12 +109,16 @@ def _phases(arguments: argparse.Namespace, resources: Resources) -> Work:
     only = [phase for phase in arguments.phases.split(",") if phase]
     for variant in _variants(arguments):
         options, _ = config.read(command, model, [*arguments.words, *variant])
-        path = base / ",".join(word.replace("/", "_") for word in variant) if variant else base
+        path = base / _variant_name(variant)
         options = options.model_copy(update={"run_dir": str(path)})
         schedule.check_run(options, path, resources.world)
         work.chains.append(schedule.phases_of(command, options, path, only))
         work.configs.append((options, schedule.config_of(path)))
     return work
+
+
+def _variant_name(variant: Sequence[str]) -> str:
+    return ",".join(word.replace("/", "_") for word in variant)
 
 
 def _variants(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -135,19 +134,50 @@ def _variants(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
 
 def _pipeline(arguments: argparse.Namespace, resources: Resources) -> Work:
     words = [word for word in arguments.words if not word.startswith("finetune.")]
-    tuned = [word.removeprefix("finetune.") for word in arguments.words if word.startswith("finetune.")]
-    options, name = config.read("pretrain", config.COMMANDS["pretrain"], words)
-    path = _folder(arguments, options, Path("runs") / name)
+    first, name = config.read("pretrain", config.COMMANDS["pretrain"], words)
+    base = _folder(arguments, first, Path("runs") / name)
+    work = Work(base)
+    for variant in _variants(arguments):
+        one = _one_pipeline([*arguments.words, *variant], base / _variant_name(variant), arguments, resources)
+        work.chains += one.chains
+        work.configs += one.configs
+    return work
+
+
+def _one_pipeline(given: Sequence[str], path: Path, arguments: argparse.Namespace, resources: Resources) -> Work:
+    words = [word for word in given if not word.startswith("finetune.")]
+    tuned = [word.removeprefix("finetune.") for word in given if word.startswith("finetune.")]
+    options, _ = config.read("pretrain", config.COMMANDS["pretrain"], words)
     options = options.model_copy(update={"run_dir": str(path)})
     schedule.check_run(options, path, resources.world)
-    given = options.model_dump(mode="json")
-    defaults = {key: given[key] for key in ("audio", "model", "compression")}
-    shared = [word for word in words if word.startswith("data.") and not word.startswith("data.val_")]
+    dumped = options.model_dump(mode="json")
+    defaults = {key: dumped[key] for key in ("audio", "model", "compression")}
+    shared = [word for word in words if word.startswith(("data.", "seed=")) and not word.startswith("data.val_")]
     file = arguments.finetune_config or config.DEFAULT["finetune"]
     tuning, _ = config.read("finetune", FinetuneOptions, [file, *shared, *tuned], defaults)
     after = _finetuning(tuning, path / "finetune" / tuning.name, path, resources)
     chain = [*schedule.phases_of("pretrain", options, path), *after.chains[0]]
     return Work(path, [chain], [(options, schedule.config_of(path)), *after.configs])
+
+
+def _finetunings(arguments: argparse.Namespace, resources: Resources) -> Work:
+    ckpt = arguments.ckpt.resolve()
+    defaults = checkpoint_defaults(load_weights(ckpt))
+    first, _ = config.read("finetune", FinetuneOptions, arguments.words, defaults)
+    default = find_run(ckpt) / "finetune" / first.name
+    base = _folder(arguments, first, default)
+    variants = _variants(arguments)
+    work = Work(base if variants == [()] or base != default else default.parent)
+    for variant in variants:
+        options, _ = config.read("finetune", FinetuneOptions, [*arguments.words, *variant], defaults)
+        # beside others of the same run, where the report looks for them
+        path = base / _variant_name(variant) if base == work.folder else base.with_name(
+            f"{base.name},{_variant_name(variant)}"
+        )
+        one = _finetuning(options, path, ckpt, resources)
+        work.chains += one.chains
+        work.configs += one.configs
+    return work
 
 
 def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Resources) -> Work:
@@ -159,13 +189,15 @@ def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Res
 
 
 def _evaluation(arguments: argparse.Namespace) -> Work:
+    if arguments.seeds or arguments.sweep:
+        raise UserError("evaluate draws nothing and has one result: give --seeds and --sweep to what trains")
     ckpt = arguments.ckpt.resolve()
     find_published(ckpt) or find_checkpoint(ckpt)
     options = files.load(EvaluateOptions, None, arguments.words)
     path = (arguments.run_dir or find_run(ckpt)).resolve()
     file = path / FOLDER / "evaluate.yaml"
     job = Job("evaluate", "evaluate", str(file), str(path), str(ckpt))
-    return Work(path, [[[Task(job, done=False)]]], [(options, file)])
+    return Work(path, [[[Task(job, lambda: False)]]], [(options, file)])
 
 
 def find_run(ckpt: Path) -> Path:
@@ -256,13 +288,15 @@ def _print_dry_run(work: Work, resources: Resources, kind: str) -> None:
     if kind != "slurm":
         print(f"the scripts for --cluster slurm ({kind} runs the parts one after the other):")
     nothing: list[Task] = []
-    before = ""
+    before, together = "", True
     for alike in itertools.zip_longest(*work.chains, fillvalue=nothing):
-        todo = [task for stage in alike for task in stage if not task.done and task.wanted]
+        stages = [[task for task in stage if not task.done and task.wanted] for stage in alike]
+        together = together and all(len(stage) <= 1 for stage in stages)  # one array for all runs, as Launch does it
+        todo = list(itertools.chain(*stages)) if together else max(stages, key=len)
         if todo:
-            name = todo[0].job.name
-            dependency = f"{'aftercorr' if len(work.chains) > 1 else 'afterok'}:<{before}>" if before else None
-            print(f"\n# {', '.join(task.job.name for task in todo)}")
-            job = f"{work.folder.name}/{name}"
+            after = "aftercorr" if together and len(todo) > 1 else "afterok"
+            each = f" (of each of {len(stages)} runs)" if len(stages) > 1 and not together else ""
+            print(f"\n# {', '.join(task.job.name for task in todo)}{each}")
+            job, dependency = f"{work.folder.name}/{todo[0].job.name}", f"{after}:<{before}>" if before else None
             print(cluster.script(resources, work.folder / FOLDER, job, dependency=dependency, count=len(todo)))
-            before = name
+            before = todo[0].job.name

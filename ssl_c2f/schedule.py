@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ssl_c2f.finetune import FinetuneOptions
 from ssl_c2f.jobs import FOLDER, Job
 from ssl_c2f.options import UserError
 from ssl_c2f.recipe import RunOptions, make_plan
-from ssl_c2f.run import RunFolder, write_text
+from ssl_c2f.run import PhaseFolder, RunFolder, write_text
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,17 @@ class Task:
     """A job that a run needs, whether or not it is still to be done."""
 
     job: Job
-    done: bool
+    is_done: Callable[[], bool]  # from disk, whenever it is asked: jobs go on while a launch looks
     pflops: float = 0.0
     wanted: bool = True  # False: others may wait for it, but it is not to be submitted
 
     @property
     def run(self) -> Path:
         return Path(self.job.run)
+
+    @property
+    def done(self) -> bool:
+        return self.is_done()
 
 
 Chain = list[list[Task]]  # stages: all tasks of one must end well before the next one's start
@@ -61,7 +67,7 @@ def phases_of(command: str, options: RunOptions, path: Path, only: Collection[st
     plan = make_plan(options, len(split(manifest, options.data)[0]), len(manifest.classes))
     config = str(config_of(path))
     return [
-        [Task(Job(command, name, config, str(path)), RunFolder(path).phase(i, name).is_done(), cost.pflops,
+        [Task(Job(command, name, config, str(path)), RunFolder(path).phase(i, name).is_done, cost.pflops,
               not only or name in only)]
         for i, (name, cost) in enumerate(zip(names, plan.phases, strict=True))
     ]
@@ -84,10 +90,18 @@ def folds_of(options: FinetuneOptions, path: Path, ckpt: Path) -> Chain:
     tasks = []
     for part in parts:
         folder = RunFolder(path if part == "all" else path / f"fold-{part}")
-        done = all(folder.phase(i, phase.name).is_done() for i, phase in enumerate(options.phases))
-        tasks.append(Task(Job("finetune", part, config, str(path), str(ckpt)), done, pflops))
-    scored = all(task.done for task in tasks) and _scored(path, parts)
+        phases = [folder.phase(i, phase.name) for i, phase in enumerate(options.phases)]
+        job = Job("finetune", part, config, str(path), str(ckpt))
+        tasks.append(Task(job, partial(_all_done, phases), pflops))
+
+    def scored() -> bool:
+        return all(task.done for task in tasks) and _scored(path, parts)
+
     return [tasks, [Task(Job("score", "scores", config, str(path), str(ckpt)), scored)]]
+
+
+def _all_done(phases: Sequence[PhaseFolder]) -> bool:
+    return all(phase.is_done() for phase in phases)
 
 
 def _scored(path: Path, parts: Sequence[str]) -> bool:
@@ -133,16 +147,18 @@ class Launch:
         known = {self.id_of(task) for chain in chains for stage in chain for task in stage} - {""}
         self.queue = cluster.settled(known)
         try:
-            alike: dict[tuple[str, ...], list[Chain]] = {}
+            alike: dict[tuple[str, ...], list[tuple[Chain, Chain]]] = {}
             for chain in chains:
                 left = [stage for stage in chain if not all(task.done for task in stage)]
-                single = all(len(stage) == 1 and stage[0].wanted for stage in left)
-                if len(chains) > 1 and single and not any(self._queued(task) for stage in left for task in stage):
-                    alike.setdefault(tuple(stage[0].job.name for stage in left), []).append(left)
+                head = list(takewhile(lambda stage: len(stage) == 1 and stage[0].wanted, left))
+                if len(chains) > 1 and head and not any(self._queued(task) for stage in left for task in stage):
+                    alike.setdefault(tuple(task.job.name for (task,) in head), []).append((head, left[len(head):]))
                 else:
                     self._chain(chain)
             for group in alike.values():
-                self._arrays(group)
+                lasts = self._arrays([head for head, _ in group])
+                for last, (_, rest) in zip(lasts, group, strict=True):
+                    self._chain(rest, last)
         except BaseException:
             cluster.cancel([number for _, number in self.made])
             for task, _ in self.made:
@@ -157,8 +173,8 @@ class Launch:
     def _queued(self, task: Task) -> bool:
         return self.id_of(task) in self.queue
 
-    def _chain(self, chain: Chain) -> None:
-        needs: list[str] = []
+    def _chain(self, chain: Chain, after: str = "") -> None:
+        needs = [after] if after else []
         renewed = False  # those that wait for a job that is gone would never start
         for i, stage in enumerate(chain):
             there = [task for task in stage if self._queued(task)]
@@ -174,14 +190,16 @@ class Launch:
             renewed = renewed or bool(new)
             needs = [self.id_of(task) for task in there] + new
 
-    def _arrays(self, chains: Sequence[Chain]) -> None:
-        """Element i of each array waits for element i of the one before."""
+    def _arrays(self, chains: Sequence[Chain]) -> list[str]:
+        """Element i of each array waits for element i of the one before; returns the ids of the last array."""
         before: str | None = None
+        ids: list[str] = []
         for stage in zip(*chains, strict=True):
             tasks = [task for (task,) in stage]
             after = "aftercorr" if len(tasks) > 1 else "afterok"
             ids = self._put(tasks, f"{after}:{before}" if before else None)
             before = ids[0].partition("_")[0]
+        return ids
 
     def _put(self, tasks: Sequence[Task], dependency: str | None) -> list[str]:
         jobs = [task.job for task in tasks]

@@ -79,7 +79,10 @@ def prepare(run: Run, objective: Objective, step: int) -> Training:
     model: nn.Module = torch.compile(objective) if o.train.compile else objective  # type: ignore[assignment]
     if run.dist.world > 1:
         ids = [run.dist.local_rank] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        model = DistributedDataParallel(model, device_ids=ids)
+        # Buffers are tables, equal everywhere. The argument of this name is deprecated since torch 2.13, and the one
+        # that replaces it is unknown to 2.11; the attribute is read at each forward pass by all of them.
+        model.broadcast_buffers = False
     ema = {name: value.clone() for name, value in objective.state_dict().items()} if o.ema else None
     optimizer = optim.make_optimizer(objective, o.optim, o.model.depth)
     return Training(objective, model, optimizer, ema, step, objective.geometry)

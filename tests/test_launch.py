@@ -17,7 +17,7 @@ import pytest
 from ssl_c2f import cluster
 from ssl_c2f.jobs import Job, Preemption
 from ssl_c2f.options import UserError
-from ssl_c2f.schedule import alone
+from ssl_c2f.schedule import Launch, Task, alone, remember
 
 LAUNCH = Path(__file__).parents[1] / "slurm" / "launch.py"
 CONFIG = """
@@ -124,6 +124,43 @@ def test_pipeline_shows_all_of_its_parts(
     assert printed.count("#SBATCH --array=0-2%3") == 1
 
 
+def test_pipelines_of_several_seeds(
+    config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("pipeline", config, f"data.root={sounds}", "--run-dir", tmp_path, "--cluster", "slurm", "--dry-run")
+    assert launch(*words, "finetune.folds=[1,2,4]", "--seeds", "5,6") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("#SBATCH --array=0-1%2") == 2, "an array for each phase"
+    assert printed.count("#SBATCH --array=0-2%3") == 1
+    assert "\n# fold-1, fold-2, fold-4 (of each of 2 runs)\n" in printed
+    assert launch(*words[:-1], "--dry-run", "--sweep", "finetune.optim.lr=1e-3,2e-3") == 0
+    assert "finetune.optim.lr=2e-3" in capsys.readouterr().out
+
+
+def test_a_part_that_ends_while_the_queue_is_read_is_not_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = tmp_path / "done"
+
+    def settled(ids: object) -> dict[str, str]:
+        done.touch()
+        return {}  # it has left the queue
+
+    monkeypatch.setattr(cluster, "settled", settled)
+    task = Task(Job("pretrain", "coarse", "config.yaml", str(tmp_path)), done.exists)
+    remember(task, "17", tmp_path)
+    launcher = Launch(cluster.Resources(), tmp_path, "run")
+    assert launcher.submit([[[task]]]) == [] and launcher.made == []
+
+
+def test_slurm_finds_its_configuration_and_forgets_the_job_that_we_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/somewhere/slurm.conf")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with cluster._environment():
+        assert os.environ["SLURM_CONF"] == "/somewhere/slurm.conf" and "SLURM_JOB_ID" not in os.environ
+    assert os.environ["SLURM_JOB_ID"] == "17"
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -146,6 +183,13 @@ def test_mistakes_take_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("launch.py: ") and complaint in line
     assert not (tmp_path / "run" / "phases").exists()
+
+
+def test_evaluation_has_no_seeds(
+    config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("evaluate", "--ckpt", tmp_path, f"data.root={sounds}", "--seeds", "0,1") == 2
+    assert "give --seeds and --sweep to what trains" in capsys.readouterr().err
 
 
 def test_status_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

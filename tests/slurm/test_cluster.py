@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_runs import CONFIG, ROOT, THREE, ClusterRun, launch, straight, wait_for, weights
+from cluster_runs import CONFIG, THREE, ClusterRun, go_on, launch, local, straight, wait_for, weights
 
 from ssl_c2f import cluster, schedule
 from ssl_c2f.jobstatus import parts_of
@@ -48,7 +46,8 @@ class Begun:
     three: ClusterRun
     failing: ClusterRun
     seeds: list[ClusterRun]
-    tuned: Path
+    pipeline: tuple[object, ...]  # the words of its launch, in which fold 2 cannot be written
+    relaunched: Future[tuple[list[str], str]]  # of `three`, while its first phase ran: the ids before, what was said
     straight: dict[str, Future[bytes]]
 
 
@@ -68,29 +67,35 @@ def begun(slurm: None, sounds: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert three.launch().count("submitted") == 3
     failing.launch()
     submit("pretrain", tiny, "--run-dir", folder / "seeds", "--seeds", "0,1", "--snapshot")
-    submit("pipeline", tiny, "--run-dir", folder / "piped", "phases.0.steps=5", "phases.1.steps=5",
-           "--finetune-config", folder / "tuning.yaml")
+    pipeline = ("pipeline", tiny, "--run-dir", folder / "piped", "phases.0.steps=5", "phases.1.steps=5",
+                "--finetune-config", folder / "tuning.yaml")
+    (folder / "piped/finetune/default").mkdir(parents=True)
+    (folder / "piped/finetune/default/fold-2").touch()  # a file where a folder is to be
+    submit(*pipeline)
     seeds = [ClusterRun(folder / "seeds" / f"seed={seed}", ()) for seed in (0, 1)]
     with ThreadPoolExecutor() as pool:
+        relaunched = pool.submit(launch_again, three)
         straights = {
             "three": pool.submit(straight, folder / "three.yaml", sounds, folder / "straight-three", 2),
             "tiny": pool.submit(straight, tiny, sounds, folder / "straight", 1),
-            "local": pool.submit(local, tiny, sounds, folder / "local"),
+            "local": pool.submit(local, tiny, sounds, folder / "local", 1),
         }
-        yield Begun(folder, three, failing, seeds, folder / "piped" / "finetune" / "default", straights)
+        yield Begun(folder, three, failing, seeds, (*pipeline, data), relaunched, straights)
 
 
-def local(config: Path, sounds: Path, run: Path) -> bytes:
-    """The weights of a run by `--cluster local`."""
-    words = [sys.executable, ROOT / "slurm" / "launch.py", "pretrain", config, f"data.root={sounds}"]
-    done = subprocess.run([*words, "--cluster", "local", "--run-dir", run], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return weights(run)
+def launch_again(run: ClusterRun) -> tuple[list[str], str]:
+    """Launch a run once more while its first phase stands still in its middle."""
+    ids = run.ids
+    pids = run.stop_at("coarse", 5, attempt=1)
+    try:
+        return ids, run.launch()
+    finally:
+        go_on(pids)
 
 
 def test_a_phase_that_raises_takes_its_children_along(begun: Begun) -> None:
     run = begun.failing
-    run.finish(100)
+    run.finish(200)
     coarse, fine = parts_of(run.path)
     assert coarse.failed and coarse.error.startswith("UserError: 1 steps had a non-finite loss")
     assert fine.failed and fine.state.startswith("CANCELLED")
@@ -100,12 +105,10 @@ def test_a_phase_that_raises_takes_its_children_along(begun: Begun) -> None:
 
 
 def test_launching_a_running_run_submits_nothing_twice(begun: Begun) -> None:
-    ids = begun.three.ids
-    said = begun.three.launch()
+    ids, said = begun.relaunched.result()
     assert "submitted" not in said and begun.three.ids == ids
-    for phase in ("0-coarse", "1-middle", "2-fine"):  # a job that is about to end has its phase done already
-        done = (begun.three.path / "phases" / phase / "done").exists()
-        assert done or f"{phase[2:]} is already in the queue" in said
+    for part, number, state in zip(("coarse", "middle", "fine"), ids, ("RUNNING", "PENDING", "PENDING"), strict=True):
+        assert f"{part} is already in the queue as job {number}: {state}" in said
 
 
 def test_seeds_are_arrays_that_run_from_a_copy_of_the_code(begun: Begun) -> None:
@@ -128,16 +131,37 @@ def test_one_node_equals_this_machine(begun: Begun) -> None:
     assert weights(begun.seeds[0].path) == begun.straight["tiny"].result() == begun.straight["local"].result()
 
 
-def test_pipeline_ends_with_scores_and_a_page(begun: Begun) -> None:
-    run, tuned = begun.tuned.parents[1], begun.tuned
-    ids = [job["id"] for path in (run, tuned) for job in schedule.read_jobs(path).values()]
-    assert len(ids) == 5
-    wait_for(lambda: not cluster.active(ids) or time.sleep(0.5), 300, "the pipeline")
-    _, said = launch("status", run)
-    assert (tuned / "scores.json").exists(), said
-    assert set(yaml.safe_load((tuned / "scores.json").read_text())["folds"]) == {"1", "2"}
-    assert (run / "report.html").exists()
+def test_pipeline_outlives_a_fold_and_ends_with_scores_and_a_page(begun: Begun) -> None:
+    run = ClusterRun(begun.folder / "piped", ())
+    tuned = ClusterRun(run.path / "finetune" / "default", ())
+    assert len(run.ids) == 2 and len(tuned.ids) == 3
+    tuned.finish()
+    first, second, scores = parts_of(tuned.path)
+    assert first.state == "done" and first.step == "5/5"
+    assert second.failed and second.error == f"UserError: cannot write {tuned.path / 'fold-2' / 'lock'}: File exists"
+    assert scores.failed and scores.state.startswith("CANCELLED") and not (tuned.path / "scores.json").exists()
+    said = launch("status", run.path)[1]
+    assert second.error in said and str(second.log) in said
+
+    (tuned.path / "fold-2").unlink()
+    status, said = launch(*begun.pipeline, "--cluster", "slurm", *ONE_CPU)
+    assert status == 0 and re.findall(r"submitted (\S+)", said) == ["fold-2", "scores"]
+    tuned.finish()
+    said = launch("status", run.path)[1]
+    assert set(yaml.safe_load((tuned.path / "scores.json").read_text())["folds"]) == {"1", "2"}, said
+    assert (run.path / "report.html").exists()
     assert said.count(" done ") == 5
+
+    more = ("finetune", begun.folder / "tuning.yaml", "--ckpt", run.path, "folds=[1]", "--seeds", "0,1")
+    assert launch(*more, begun.pipeline[-1], "--cluster", "slurm", *ONE_CPU)[0] == 0
+    one = ("evaluate", "--ckpt", tuned.path / "fold-1", begun.pipeline[-1], "--cluster", "slurm", *ONE_CPU)
+    status, said = launch(*one, "--wait")
+    assert status == 0 and " done " in said and list((tuned.path / "fold-1").glob("evaluation/*/scores.json"))
+    for seed in (0, 1):
+        variant = ClusterRun(run.path / "finetune" / f"default,seed={seed}", ())
+        variant.finish()
+        assert variant.id("fold-1").endswith(f"_{seed}") and (variant.path / "scores.json").exists()
+    assert launch("status", run.path)[1].count(" done ") == 9
 
 
 def test_two_nodes_equal_torchrun_and_more_phases_may_follow(begun: Begun) -> None:
@@ -178,7 +202,7 @@ def test_dry_run_shows_what_is_submitted(tmp_path: Path, config: Path, sounds: P
     [
         (["--partition", "nowhere"], "Slurm refuses such a job: "),
         (["--partition", "short", "--timeout", "60"], "Slurm refuses such a job: "),
-        (["--nodes", "4"], "Slurm refuses such a job: "),
+        (["--nodes", "8"], "Slurm refuses such a job: "),
         (["--mem", "900GB"], "Slurm refuses such a job: "),
         (["--run-dir", "/proc/runs/x"], "cannot write /proc/runs/x"),
         (["phases.0.stepz=3"], "steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster_runs import CONFIG, STEPS, ClusterRun, go_on, is_pending, launch, straight, wait_for
+from cluster_runs import CONFIG, STEPS, ClusterRun, go_on, is_pending, launch, local, straight, wait_for
 from cluster_runs import weights as final_weights
 from submitit import SlurmJob
 
@@ -32,8 +33,9 @@ def requeue(run: ClusterRun, part: str, pids: list[int]) -> None:
 
 
 def preempt(run: ClusterRun, part: str, pids: list[int]) -> None:
-    """A job of the partition `high` wants all CPUs of both nodes."""
-    command = ["sbatch", "-p", "high", "-N2", "--exclusive", "-t1", "-o", "/dev/null", "--wrap", "true"]
+    """A job of the partition `high` wants all CPUs of the run's two nodes."""
+    nodes = ("-N2", "-w", "stnode[3-4]", "--exclusive")
+    command = ["sbatch", "-p", "high", *nodes, "-t1", "-o", "/dev/null", "--wrap", "true"]
     subprocess.run(command, check=True, timeout=60, capture_output=True)
     wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 60, "preemption")
     go_on(pids)
@@ -42,6 +44,20 @@ def preempt(run: ClusterRun, part: str, pids: list[int]) -> None:
 def time_limit(run: ClusterRun, part: str, pids: list[int]) -> None:
     wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 150, "the time limit")
     go_on(pids)
+
+
+def kill_node(run: ClusterRun, part: str, pids: list[int]) -> None:
+    """All that Slurm has on the job's node dies; somebody says that it is down; later it is back."""
+    daemon = Path(os.environ["SLURM_CONF"]).with_name(f"{LONELY}.pid")
+    shepherds = [int(pid) for pid in subprocess.run(
+        ["pgrep", "-f", rf"^slurmstepd: \[{run.id(part)}\."], capture_output=True, text=True, timeout=60
+    ).stdout.split()]
+    for pid in [int(daemon.read_text()), *shepherds, *pids]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    update = ["scontrol", "update", f"nodename={LONELY}", "state=down", "reason=dead"]
+    subprocess.run(update, check=True, timeout=60)
+    subprocess.run(["slurmd", "-N", LONELY], check=True, timeout=60)
 
 
 def kill_one_rank(run: ClusterRun, part: str, pids: list[int]) -> None:
@@ -62,30 +78,42 @@ def _launch_once_over(run: ClusterRun, part: str) -> None:
 
 def cancel(run: ClusterRun, part: str, pids: list[int]) -> None:
     status, said = launch("cancel", run.path)
-    assert status == 0 and f"cancelled {run.id(part)}" in said, said
+    assert status == 0 and (f"cancelled {run.id(part)}" in said or run.events("ended", part)), said
     run.launch()
 
 
+LONELY = "stnode5"
+COMMON, PAIR = ("--exclude", "stnode[3-5]"), ("--exclude", "stnode[1-2,5]")
 #        name            strike         processes  flags
-WAYS = {
-    "interrupt": (interrupt, 1, ()),
-    "requeue": (requeue, 1, ()),
-    "time limit": (time_limit, 1, ("--timeout", 2, "--grace", 20)),
-    "killed step": (kill_step, 1, ()),
-    "cancel": (cancel, 1, ()),
-    "killed rank": (kill_one_rank, 2, ()),
-    "preemption": (preempt, 2, ()),
+WAYS: dict[str, tuple[Strike, int, tuple[object, ...]]] = {  # the longest comes first
+    "time limit": (time_limit, 1, (*COMMON, "--timeout", 2, "--grace", 20, "tracking.wandb=offline")),
+    "preemption": (preempt, 2, PAIR),
+    "killed node": (kill_node, 1, ("--exclude", "stnode[1-4]")),
+    "interrupt": (interrupt, 1, (*COMMON, "tracking.wandb=offline")),
+    "requeue": (requeue, 1, COMMON),
+    "killed step": (kill_step, 1, COMMON),
+    "cancel": (cancel, 1, COMMON),
+    "killed rank": (kill_one_rank, 2, COMMON),
 }
+WANDB = ("interrupt", "time limit")
+#         part      step       attempt
+PLACES = (
+    ("coarse", STEPS // 2 - 5, 1),  # in its middle, off the checkpoints
+    ("coarse", STEPS, 2),  # its last step is done, and not saved yet
+    ("fine", STEPS, 1),  # it has begun, and done nothing
+    ("fine", 2 * STEPS, 2),  # the very last step of the run
+)
+HURRIED = (*PLACES[:2], ("fine", 2 * STEPS, 1))
 
 
-def survive(run: ClusterRun, strike: Strike) -> bytes:
-    """Strike the first phase in its middle and again when it has done its last step."""
+def survive(run: ClusterRun, name: str) -> bytes:
+    """Strike a run at one place after the other; all of them by two ways, and time limits, which are slow, at two."""
+    places = HURRIED[:2] if name == "time limit" else PLACES if name in ("interrupt", "requeue") else HURRIED
     run.launch()
-    pids = run.stop_at("coarse", STEPS // 2 - 5, attempt=1)
-    assert run.step() < STEPS
-    strike(run, "coarse", pids)
-    pids = run.stop_at("coarse", STEPS, attempt=2)
-    strike(run, "coarse", pids)
+    for part, step, attempt in places:
+        pids = run.stop_at(part, step, attempt)
+        assert run.step() < step + 10
+        WAYS[name][0](run, part, pids)
     run.finish()
     return final_weights(run.path)
 
@@ -98,24 +126,30 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
 def ends(
-    slurm: None, config: Path, sounds: Path, tmp_path_factory: pytest.TempPathFactory
+    slurm: None, config: Path, sounds: Path, folder: Path, request: pytest.FixtureRequest
 ) -> Iterator[dict[object, Future[bytes]]]:
     """All runs at once, since they mostly wait: how each of them ends, and the undisturbed ones by their processes."""
-    folder = tmp_path_factory.mktemp("runs")
+    asked = {item.name for item in request.session.items}  # a test that runs alone begins what it needs
+    wanted = {name for name in WAYS if any(f"[{name}]" in test for test in asked)}
+    processes = {WAYS[name][1] for name in wanted} | ({1, 2} if "test_two_processes" in asked else set())
 
     def begin(name: str) -> Future[bytes]:
-        strike, ranks, flags = WAYS[name]
-        size = ("--nodes", ranks, "--ngpus", 1, "--cpus-per-task", 1, "--mem", "500MB")
+        _, ranks, flags = WAYS[name]
+        size = ("--nodes", ranks, "--ngpus", 0, "--cpus-per-task", 1, "--mem", "500MB")
         words = (config, f"data.root={sounds}", *size, *flags)
-        return pool.submit(survive, ClusterRun(folder / name.replace(" ", "-"), words, ranks), strike)
+        return pool.submit(survive, ClusterRun(folder / name.replace(" ", "-"), words, ranks), name)
 
-    with ThreadPoolExecutor(len(WAYS)) as pool:
-        found: dict[object, Future[bytes]] = {name: begin(name) for name in WAYS if name != "preemption"}
-        found |= {n: pool.submit(straight, config, sounds, folder / f"straight-{n}", n) for n in (1, 2)}
-        for future in [*found.values()]:
-            future.exception()  # preemption comes alone: it strikes whatever runs
-        found["preemption"] = begin("preemption")
+    with ThreadPoolExecutor(len(WAYS) + 3) as pool:
+        found: dict[object, Future[bytes]] = {name: begin(name) for name in WAYS if name in wanted}
+        found |= {n: pool.submit(straight, config, sounds, folder / f"straight-{n}", n) for n in processes}
+        if "test_two_processes" in asked:
+            found["local"] = pool.submit(local, config, sounds, folder / "local", 2)
         yield found
 
 
@@ -124,6 +158,18 @@ def test_ends_with_the_weights_of_an_undisturbed_run(name: str, ends: dict[objec
     assert ends[name].result() == ends[WAYS[name][1]].result()
 
 
-def test_processes_differ(ends: dict[object, Future[bytes]]) -> None:
-    """Else the tests above could not tell one phase's weights from another's."""
-    assert ends[1].result() != ends[2].result()
+def test_two_processes(ends: dict[object, Future[bytes]]) -> None:
+    """By `--cluster local` as by torchrun; and not as one, or the tests above could not tell weights apart."""
+    assert ends["local"].result() == ends[2].result() != ends[1].result()
+
+
+@pytest.mark.parametrize("name", WANDB)
+def test_wandb_keeps_one_run_for_each_phase(name: str, ends: dict[object, Future[bytes]], folder: Path) -> None:
+    ends[name].result()
+    run = folder / name.replace(" ", "-")
+    ids = [file.read_text().strip() for file in sorted(run.glob("phases/*/wandb_id"))]
+    attempts = [file.name.rpartition("-")[2] for file in run.glob("wandb/offline-run-*")]
+    assert len(set(ids)) == 2 and set(attempts) == set(ids)
+    assert attempts.count(ids[0]) >= 2, "the struck phase went on in the W&B run that it had"
+    if name == "time limit":  # the other sends TERM too, of which W&B's own process dies
+        assert "W&B failed" not in "".join(log.read_text() for log in run.glob("submitit/*_log.err"))
