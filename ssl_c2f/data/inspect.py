@@ -67,11 +67,11 @@ def shard(options: DataCommandOptions, out: Path, gigabytes: float) -> None:
 
 def check(options: DataCommandOptions) -> int:
     """Decode every recording whole and name the bad ones; the exit status is 1 if there are any."""
-    found, rate = open_manifest(options.data), options.audio.sample_rate
+    found = open_manifest(options.data)
 
     def problem(clip: Clip) -> tuple[str, str] | None:
         try:
-            read_audio(clip.place(found.root), rate)
+            read_audio(clip.place(found.root), clip.sample_rate)  # nothing to resample
         except AudioError as error:
             return clip.path, error.reason
         return None
