@@ -151,12 +151,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _pretrain(arguments: argparse.Namespace) -> None:
     from ssl_c2f import config, engine
     from ssl_c2f.summary import print_summary
+    from ssl_c2f.weights import initial_weights
 
     command: str = arguments.command
     model: type[config.FolderOptions] = config.PretrainOptions if command == "pretrain" else config.TrainOptions
     options, name = config.read(command, model, arguments.words)
     path = Path(options.run_dir or f"runs/{name}")
-    engine.run(options, path, kind=command)
+    engine.run(options, path, initial=initial_weights(options.init) if options.init else None, kind=command)
     print_summary(path)
 
 

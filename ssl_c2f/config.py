@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from ssl_c2f import options as files
 from ssl_c2f.finetune import FinetuneOptions
 from ssl_c2f.options import Options, UserError
 from ssl_c2f.recipe import RunOptions
+from ssl_c2f.weights import initial_weights
 
 DEFAULT = {"pretrain": "pretrain/mae_c2f", "train": "train/vit_c2f", "finetune": "finetune/default"}
 
@@ -20,6 +22,7 @@ class FolderOptions(RunOptions):
     """A run with a folder of its own."""
 
     run_dir: str | None = Field(None, description="the run's folder; runs/CONFIG by default; given again, it resumes")
+    init: str | None = Field(None, description="weights to start from: what --ckpt takes, or a ViT of timm's by name")
 
 
 class PretrainOptions(FolderOptions):
@@ -42,6 +45,7 @@ class TrainOptions(FolderOptions):
         return self
 
 
+ENCODER = ("width", "depth", "heads", "mlp_ratio", "class_tokens", "positions")  # of weights; the rest can be resized
 COMMANDS: Mapping[str, type[RunOptions]] = {
     "pretrain": PretrainOptions, "train": TrainOptions, "finetune": FinetuneOptions
 }
@@ -60,7 +64,19 @@ def read(
     if len(names) > 1:
         raise UserError(f"give one config, not {' and '.join(names)} (overrides are KEY=VALUE)")
     file = files.find_config(names[0] if names else DEFAULT[command], command)
-    return files.load(model, file, [word for word in words if "=" in word], defaults), file.stem
+    overrides = [word for word in words if "=" in word]
+    options = files.load(model, file, overrides, defaults)
+    if isinstance(options, FolderOptions) and options.init:
+        overrides = [word for word in overrides if not word.startswith("init=")]
+        options = files.load(model, file, [*_as_its_weights(options.init), *overrides], defaults)
+    return options, file.stem
+
+
+def _as_its_weights(init: str) -> list[str]:
+    """Overrides that give a run the encoder of the weights that it starts from, wherever it is started."""
+    of = initial_weights(init).options["model"]
+    place = Path(init).resolve() if Path(init).exists() else init
+    return [*(f"model.{key}={of[key]}" for key in ENCODER if key in of), f"init={place}"]
 
 
 def read_any(words: Sequence[str]) -> RunOptions:

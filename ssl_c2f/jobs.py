@@ -77,12 +77,14 @@ class Job:
         append_line(Path(self.run) / FOLDER / EVENTS, json.dumps(line))
 
     def _work(self, stop: Stop) -> None:
-        from ssl_c2f import config, engine, options
+        from ssl_c2f import config, engine, options, weights
 
         if self.command in ("pretrain", "train"):
             model = config.COMMANDS[self.command]
             run_options = options.load(model, Path(self.config))
-            engine.run(run_options, Path(self.run), only={self.part}, stop=stop, kind=self.command)
+            init = getattr(run_options, "init", None)
+            initial = weights.initial_weights(init) if init else None
+            engine.run(run_options, Path(self.run), initial=initial, only={self.part}, stop=stop, kind=self.command)
         elif self.command in ("finetune", "score"):
             from ssl_c2f.finetune import FinetuneOptions, finetune
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,38 @@ def load_weights(path: Path, which: Which = "auto") -> Weights:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'} is not of this version of ssl_c2f ({error})") from None
+
+
+def initial_weights(name: str) -> Weights:
+    """What `init=` names: whatever --ckpt takes, or a Vision Transformer of timm's by its name, fetched from the Hub.
+
+    Weights of images bring no statistics of sounds: those are measured.
+
+    Raises:
+        UserError: nothing of that name, it cannot be fetched, or what `load_weights` refuses.
+    """
+    weights = load_weights(Path(name)) if Path(name).exists() else _from_timm(name)
+    return replace(weights, statistics={}) if weights.source.get("kind") == published.TIMM.name else weights
+
+
+def _from_timm(name: str) -> Weights:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        near = get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), n=1)
+        raise UserError(f"init={name}: no such file, and no model of timm's{f' ({near[0]}?)' if near else ''}")
+    try:
+        state = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # whatever a hub and a network can come up with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"init={name}: its weights cannot be fetched ({reason[:120]}); without a network give a file, init=FILE"
+        ) from None
+    try:
+        found = published.convert(state, _facts(ImportOptions(), {}))
+    except UserError as error:
+        raise UserError(f"init={name}: {error}") from None
+    return _as_weights(found, Path(name), ImportOptions(), {}, {})
 
 
 def run_options(weights: Weights) -> RunOptions:

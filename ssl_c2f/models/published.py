@@ -71,6 +71,11 @@ HF = Kind(
     "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593, or as the model card says",
     (_STEM + r"embeddings\.patch_embeddings\.projection\.weight",), _HF, _HF_HEAD,
 )
+TIMM = Kind(
+    "timm ViT", "Apache-2.0 (timm); its weights may have one of their own",
+    "https://github.com/huggingface/pytorch-image-models",
+    (r"patch_embed\.proj\.weight", "pos_embed"), (), (), _IMAGENET_HEADS,
+)
 KINDS = (
     HF,
     Kind(
@@ -87,10 +92,7 @@ KINDS = (
         (r"patch_embed\.proj\.weight", "pos_embed", "one channel"), (), (),
         ("mask_token", r"decoder_.*", r"(head|head_dist)\..*"),
     ),
-    Kind(
-        "timm ViT", "Apache-2.0 (timm); its weights may have one of their own", "https://github.com/huggingface/pytorch-image-models",
-        (r"patch_embed\.proj\.weight", "pos_embed"), (), (), _IMAGENET_HEADS,
-    ),
+    TIMM,
 )
 
 
@@ -250,7 +252,7 @@ def _positions(
 ) -> tuple[Tensor, tuple[int, int]]:
     """(1, N, D) in the order of the kind -> ours, and the grid."""
     table = table[0]
-    if kind.name == "timm ViT":
+    if kind is TIMM:
         columns = facts.num_frames // patch[1]
         return _from_image(table, rows, columns, how), (rows, columns)
     if not rows or len(table) % rows:
