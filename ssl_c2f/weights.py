@@ -129,9 +129,10 @@ def initial_weights(name: str) -> Weights:
 def _from_timm(name: str) -> Weights:
     import timm
 
-    if not timm.is_model(name.partition(".")[0]):
-        near = get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), n=1)
-        raise UserError(f"init={name}: no such file, and no model of timm's{f' ({near[0]}?)' if near else ''}")
+    known = [*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
+    if name.partition(".")[0] not in known:
+        near = get_close_matches(name, known, n=1)
+        raise UserError(f"init={name}: no such file, and no ViT of timm's{f' ({near[0]}?)' if near else ''}")
     try:
         state = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # whatever a hub and a network can come up with

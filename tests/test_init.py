@@ -66,9 +66,9 @@ def test_pretraining_goes_on_from_another_run(sounds: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["init=nowhere.pth"], "init=nowhere.pth: no such file, and no model of timm's"),
+        (["init=nowhere.pth"], "init=nowhere.pth: no such file, and no ViT of timm's"),
         (["init=deit_tiny_patch16_22"], "(deit_tiny_patch16_224?)"),
-        (["init=resnet18"], "init=resnet18: "),
+        (["init=resnet18"], "no ViT of timm's"),
         (["model.width=32"], "the encoder does not fit the checkpoint: encoder.cls_token"),
     ],
 )
