@@ -91,7 +91,7 @@ def test_other_objectives_do_the_same_on_two(objective: str, sounds: Path, tmp_p
     assert models[0].keys() == models[1].keys()
     apart = max(float((models[0][name] - models[1][name]).abs().max()) for name in models[0])
     print(f"largest difference after 20 steps: {apart:.1e}")
-    assert 0 < apart < 1e-3
+    assert apart < 1e-3  # 0 where one process has one thread too
     losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
