@@ -1,0 +1,263 @@
+"""A W&B server for tests on loopback: what the real `wandb` and `wandb-workspaces` packages say to it is kept.
+
+It answers GraphQL by the name of the operation, takes uploads and history by offset as W&B's own server does, and can be
+slow, broken, or gone.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+Json = dict[str, Any]
+KEY = "0123456789abcdef" * 2 + "planted0"  # 40 characters, as W&B's keys have
+ENTITY = "someone"
+
+
+@dataclass
+class StubRun:
+    """A run as the server knows it."""
+
+    name: str
+    project: str
+    fields: Json = field(default_factory=dict)  # of UpsertBucket
+    files: dict[str, list[str]] = field(default_factory=dict)  # lines by offset
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    exit_code: int | None = None
+
+    @property
+    def history(self) -> list[Json]:
+        return [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
+
+    @property
+    def summary(self) -> Json:
+        lines = self.files.get("wandb-summary.json", [])
+        found: Json = json.loads(lines[-1]) if lines else json.loads(self.fields.get("summaryMetrics") or "{}")
+        return found
+
+    @property
+    def config(self) -> Json:
+        content = json.loads(self.fields.get("config") or "{}")
+        return {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in content.items()}
+
+    @property
+    def bucket(self) -> Json:
+        """The run as `RunResumeStatus` and `UpsertBucket` tell of it."""
+        lines = self.files.get("wandb-history.jsonl", [])
+        project = {"id": "project", "name": self.project, "entity": {"id": "entity", "name": ENTITY}}
+        return {
+            "id": f"id-{self.name}", "name": self.name, "displayName": self.fields.get("displayName") or self.name,
+            "project": project, "config": self.fields.get("config") or "{}", "summaryMetrics": json.dumps(self.summary),
+            "historyLineCount": len(lines), "eventsLineCount": len(self.files.get("wandb-events.jsonl", [])),
+            "logLineCount": 0, "historyTail": json.dumps(lines[-1:]), "eventsTail": "[]", "tags": [],
+            "wandbConfig": '{"t": 1}', "sweepName": None, "description": None, "notes": None,
+        }
+
+
+@dataclass
+class StubArtifact:
+    """A version of an artifact."""
+
+    id: str
+    name: str
+    kind: str
+    run: str  # that made it
+    metadata: Json
+    digest: str
+    version: int
+    manifest: Json = field(default_factory=dict)
+    committed: bool = False
+    used_by: list[str] = field(default_factory=list)
+
+
+class WandbStub:
+    """`with WandbStub() as stub:` serves on `stub.url`.
+
+    `delay` seconds pass before each answer; `status` is answered instead of 200 where it is set; `stop_when` stops the
+    server as soon as it is true of the stub.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, StubRun] = {}
+        self.artifacts: dict[str, StubArtifact] = {}
+        self.views: dict[str, Json] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.operations: list[str] = []
+        self.unknown: list[str] = []
+        self.delay, self.status = 0.0, 200
+        self.stop_when: Callable[[WandbStub], bool] | None = None
+        self.lock = threading.RLock()
+        self.server: _Server | None = _Server(("127.0.0.1", 0), self)
+        self.port = self.server.server_address[1]
+        self._serve()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> WandbStub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _serve(self) -> None:
+        server = self.server
+        assert server
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse connections from now on; what was said stays."""
+        with self.lock:
+            server, self.server = self.server, None
+        if server:
+            server.shutdown()
+            server.close_connections()
+            server.server_close()
+
+    def restart(self) -> None:
+        """Serve again, at the same address."""
+        self.stop()
+        self.delay, self.status, self.stop_when = 0.0, 200, None
+        self.server = _Server(("127.0.0.1", self.port), self)
+        self._serve()
+
+    # what is answered
+
+    def answer(self, path: str, body: bytes, method: str) -> Any:
+        """The answer to a request: JSON, or bytes of a file."""
+        path = unquote(path)
+        with self.lock:
+            if path.startswith("/graphql"):
+                request = json.loads(body)
+                match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
+                operation = request.get("operationName") or (match[1] if match else "")
+                self.operations.append(operation)
+                call = getattr(self, f"on_{operation}", None)
+                if call is None:
+                    self.unknown.append(operation)
+                    return {"errors": [{"message": f"no such operation: {operation}"}]}
+                return {"data": call(request.get("variables") or {})}
+            if path.endswith("/file_stream"):
+                self.operations.append("file_stream")
+                return self._stream(path.split("/")[-2], json.loads(body))
+            if path.startswith("/blob/"):
+                if method == "PUT":
+                    self.operations.append("upload")
+                    self._upload(path.removeprefix("/blob/"), body)
+                    return {}
+                return self.blobs.get(path.removeprefix("/blob/"), b"")
+            return {}
+
+    def _stream(self, run: str, body: Json) -> Json:
+        found = self.runs[run]
+        for name, chunk in (body.get("files") or {}).items():
+            lines, offset = found.files.setdefault(name, []), chunk.get("offset") or 0
+            lines[offset : offset + len(chunk["content"])] = chunk["content"]  # what is sent again is taken once
+        if body.get("complete"):
+            found.exit_code = body.get("exitcode")
+        return {"limits": {}}
+
+    def _upload(self, place: str, body: bytes) -> None:
+        self.blobs[place] = body
+        kind, owner, name = place.split("/", 2)
+        if kind == "run":
+            self.runs[owner].uploads[name] = body
+        elif kind == "manifest":
+            self.artifacts[owner].manifest = json.loads(body)
+
+    def on_Viewer(self, _: Json) -> Json:
+        teams = {"edges": [{"node": {"id": "team", "name": ENTITY}}]}
+        return {"viewer": {
+            "id": "viewer", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "", "flags": "{}",
+            "teams": teams, "admin": False, "apiKeys": {"edges": []}, "deletedAt": None,
+        }}
+
+    on_GetViewer = on_Viewer
+
+    def on_ServerFeaturesQuery(self, _: Json) -> Json:
+        return {"serverInfo": {"features": []}}
+
+    def on_RunResumeStatus(self, v: Json) -> Json:
+        run = self.runs.get(v["name"])
+        model = {"id": "project", "name": v.get("project"), "entity": {"id": "entity", "name": ENTITY}}
+        return {"model": model | {"bucket": run and run.bucket}}
+
+    def on_UpsertBucket(self, v: Json) -> Json:
+        name = v.get("name") or str(v["id"]).removeprefix("id-")
+        inserted = name not in self.runs
+        run = self.runs.setdefault(name, StubRun(name, v.get("project") or "uncategorized"))
+        run.fields |= {key: value for key, value in v.items() if value is not None}
+        return {"upsertBucket": {"bucket": run.bucket, "inserted": inserted}}
+
+    def on_CreateRunFiles(self, v: Json) -> Json:
+        files = [{"name": name, "uploadUrl": f"{self.url}/blob/run/{v['run']}/{name}"} for name in v["files"]]
+        return {"createRunFiles": {"runID": f"id-{v['run']}", "uploadHeaders": [], "files": files}}
+
+    def on_OrganizationCoreWeaveOrganizationID(self, _: Json) -> Json:
+        return {"entity": {"organization": None}}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], stub: WandbStub) -> None:
+        self.stub = stub
+        self.connections: set[Any] = set()
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that has gone away
+
+    def close_connections(self) -> None:
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(2)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
+
+    def handle_any(self) -> None:
+        stub = self.server.stub
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if stub.stop_when and stub.stop_when(stub):
+            threading.Thread(target=stub.stop).start()
+        if stub.delay:
+            time.sleep(stub.delay)
+        content: Any = {"errors": [{"message": "broken"}]}
+        if stub.status == 200:
+            content = stub.answer(self.path, body, self.command)
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(stub.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = handle_any
