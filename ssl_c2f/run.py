@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.yaml  provenance.json  plan.json  metrics.jsonl  bad_files.jsonl  lock
-  phases/0-coarse/    checkpoints/  pictures/  transfer.json  wandb_id  done
+  phases/0-coarse/    checkpoints/  pictures/  transfer.json  wandb_id  wandb.json  done
   finetune/NAME/
 """
 

@@ -204,6 +204,78 @@ class WandbStub:
         files = [{"name": name, "uploadUrl": f"{self.url}/blob/run/{v['run']}/{name}"} for name in v["files"]]
         return {"createRunFiles": {"runID": f"id-{v['run']}", "uploadHeaders": [], "files": files}}
 
+    def on_ArtifactType(self, v: Json) -> Json:
+        found = self.find_artifact(v["name"])
+        return {"project": {"artifact": found and {"artifactType": {"name": found.kind}}}}
+
+    def on_CreateArtifact(self, v: Json) -> Json:
+        i = v["input"]
+        name = i["artifactCollectionName"]
+        same = [a for a in self.artifacts.values() if a.name == name]
+        found = next((a for a in same if a.digest == i["digest"]), None)
+        if found is None:
+            kept = json.loads(i.get("metadata") or "{}")
+            found = StubArtifact(
+                f"artifact-{len(self.artifacts)}", name, i["artifactTypeName"], i["runName"], kept, i["digest"], len(same)
+            )
+            self.artifacts[found.id] = found
+        latest = {"latestArtifact": {"id": same[-1].id}} if same else {"latestArtifact": None}
+        state = "COMMITTED" if found.committed else "PENDING"
+        return {"createArtifact": {"artifact": {"id": found.id, "state": state, "artifactSequence": latest}}}
+
+    def on_CreateArtifactManifest(self, v: Json) -> Json:
+        url = f"{self.url}/blob/manifest/{v['artifactID']}/{v['name']}"
+        file = {"id": "file", "uploadUrl": url, "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": f"manifest-{v['artifactID']}", "file": file}}}
+
+    on_UpdateArtifactManifest = on_CreateArtifactManifest
+
+    def on_CreateArtifactFiles(self, v: Json) -> Json:
+        nodes = [
+            {"storagePath": f"artifact/{f['artifactID']}/{f['name']}", "uploadHeaders": [], "uploadMultipartUrls": None,
+             "uploadUrl": f"{self.url}/blob/artifact/{f['artifactID']}/{f['name']}", "artifact": {"id": f["artifactID"]}}
+            for f in v["input"]["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def on_CommitArtifact(self, v: Json) -> Json:
+        found = self.artifacts[v["artifactID"]]
+        found.committed = True
+        return {"commitArtifact": {"artifact": {"id": found.id, "digest": found.digest}}}
+
+    def on_ArtifactMembershipByName(self, v: Json) -> Json:
+        found = self.find_artifact(v["name"])
+        return {"project": {"artifactCollectionMembership": found and self._membership(found)}}
+
+    def on_UseArtifact(self, v: Json) -> Json:
+        found = self.artifacts[v.get("artifactID") or v["input"]["artifactID"]]
+        found.used_by.append(v.get("runName") or v["input"]["runName"])
+        return {"useArtifact": {"artifact": {"id": found.id}}}
+
+    def find_artifact(self, name: str) -> StubArtifact | None:
+        """The newest committed version of that name."""
+        name = name.partition(":")[0]
+        return next((a for a in reversed(self.artifacts.values()) if a.name == name and a.committed), None)
+
+    def _membership(self, a: StubArtifact) -> Json:
+        project = {"id": "p", "name": self.runs[a.run].project, "entity": {"id": "e", "name": ENTITY}}
+        collection = {
+            "__typename": "ArtifactSequence", "id": "c", "name": a.name, "project": project,
+            "type": {"id": "t", "name": a.kind}, "description": None, "createdAt": "2026-01-01T00:00:00Z",
+            "updatedAt": "2026-01-01T00:00:00Z", "aliases": {"edges": []}, "tags": {"edges": []},
+        }
+        artifact = {
+            "id": a.id, "artifactSequence": collection, "versionIndex": a.version, "artifactType": {"name": a.kind},
+            "description": None, "metadata": json.dumps(a.metadata), "ttlDurationSeconds": None,
+            "ttlIsInherited": False, "tags": [], "historyStep": None, "state": "COMMITTED", "size": 0,
+            "digest": a.digest, "commitHash": "c", "fileCount": 1, "createdAt": "2026-01-01T00:00:00Z",
+            "updatedAt": None, "aliases": [],
+        }
+        return {
+            "id": f"membership-{a.id}", "versionIndex": a.version, "aliases": [], "artifact": artifact,
+            "artifactCollection": collection,
+        }
+
     def on_OrganizationCoreWeaveOrganizationID(self, _: Json) -> Json:
         return {"entity": {"organization": None}}
 
