@@ -95,9 +95,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--measure", action="store_true", help="also run a step of every phase on this machine")
     sub.add_argument("--clips", type=int, default=None, help="clips of an epoch, where there is no data.root to count")
     words_of(sub)
-    sub = command("report", _report, "one HTML page about one or more runs")
+    sub = command("report", _report, "one HTML page about one or more runs, or a W&B report")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.html")
+    sub.add_argument("--wandb", action="store_true", help="a W&B report instead of the page; again: it is updated")
 
     sub = command("config", _config_show, "show, validate or compare configs")
     kinds = sub.add_subparsers(dest="kind", required=True, metavar="show|validate|diff")
@@ -201,6 +202,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if arguments.wandb:
+        from ssl_c2f.report.wandb_report import write_report
+
+        print(write_report(arguments.runs))
+        if arguments.out is None:
+            return
     from ssl_c2f.report import write_page
 
     out = arguments.out or arguments.runs[0] / "report.html"

@@ -80,11 +80,12 @@ def show_phase(tracker: Tracker, run: Run, phase: Phase) -> None:
     tracker.publish(lambda live: live.log(_tables(plan, transfer) | axes))
     newest = checkpoint.newest(folder.checkpoints)
     if newest and kind != "none":
-        facts = {
+        facts: dict[str, Any] = {
             "phase": phase.name, "step": run.curriculum.phases[phase.index].last_step,
             "geometry": run.options.geometries[phase.index].to_dict(), "source": source_of(run, phase),
         }
         size = sum(file.stat().st_size for file in _files(newest)) if kind == "upload" else 0
+        tracker.publish(lambda live: _use(live, facts["source"]))
         tracker.publish(lambda live: _show_checkpoint(live, newest, facts, kind, size / _SLOWEST), size / _SLOWEST)
 
 
@@ -117,11 +118,9 @@ def _tables(plan: Json, transfer: Json) -> dict[str, Any]:
 
 
 def _show_checkpoint(live: LiveRun, folder: Path, facts: Json, kind: str, seconds: float) -> None:
-    """Log a checkpoint as an artifact of the run, and say which one the run started from."""
+    """Log a checkpoint as an artifact of the run."""
     import wandb
 
-    if not live.offline and facts["source"].get("artifact"):
-        _use(live, facts["source"])
     artifact = wandb.Artifact(artifact_name(live.id), "model", metadata=dict(facts))
     for file in _files(folder):
         if kind == "upload":
@@ -134,12 +133,16 @@ def _show_checkpoint(live: LiveRun, folder: Path, facts: Json, kind: str, second
 
 
 def _use(live: LiveRun, came_from: Json) -> None:
-    """Raises nothing where the artifact is not (yet) on the server: the config names it all the same."""
+    """Say which artifact the run started from, if its server can know: the run's config names it in any case."""
+    import wandb
+
+    if live.offline or "artifact" not in came_from:
+        return
     place = f"{came_from.get('entity') or live.entity}/{came_from['project']}/{came_from['artifact']}:latest"
     try:
         live.use_artifact(place)
-    except (ValueError, LookupError):
-        live.summary["source_missing"] = place
+    except (ValueError, wandb.Error):  # its run was offline, say
+        live.config["source_not_on_server"] = place
 
 
 def _files(folder: Path) -> list[Path]:
@@ -165,8 +168,7 @@ def show_scores(
         folder, folder / "wandb_id", group_of(ckpt), f"{kind}/scores", folder.name, config | {"source": came_from}
     )
     live = WandbRun(options, identity, lambda _: None, note)
-    if "artifact" in came_from:
-        live.publish(lambda run: None if run.offline else _use(run, came_from))
+    live.publish(lambda run: _use(run, came_from))
     live.publish(lambda run: run.log(_score_row(result)))
     live.finish()
 

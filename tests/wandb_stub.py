@@ -1,12 +1,10 @@
 """A W&B server for tests on loopback: what the real `wandb` and `wandb-workspaces` packages say to it is kept.
 
-It answers GraphQL by the name of the operation, takes uploads and history by offset as W&B's own server does, and can be
-slow, broken, or gone.
+It answers GraphQL by the name of the operation, takes uploads and history by offset, and can be slow, broken, or gone.
 """
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import re
@@ -215,9 +213,8 @@ class WandbStub:
         found = next((a for a in same if a.digest == i["digest"]), None)
         if found is None:
             kept = json.loads(i.get("metadata") or "{}")
-            found = StubArtifact(
-                f"artifact-{len(self.artifacts)}", name, i["artifactTypeName"], i["runName"], kept, i["digest"], len(same)
-            )
+            place, kind = f"artifact-{len(self.artifacts)}", i["artifactTypeName"]
+            found = StubArtifact(place, name, kind, i["runName"], kept, i["digest"], len(same))
             self.artifacts[found.id] = found
         latest = {"latestArtifact": {"id": same[-1].id}} if same else {"latestArtifact": None}
         state = "COMMITTED" if found.committed else "PENDING"
@@ -231,11 +228,13 @@ class WandbStub:
     on_UpdateArtifactManifest = on_CreateArtifactManifest
 
     def on_CreateArtifactFiles(self, v: Json) -> Json:
-        nodes = [
-            {"storagePath": f"artifact/{f['artifactID']}/{f['name']}", "uploadHeaders": [], "uploadMultipartUrls": None,
-             "uploadUrl": f"{self.url}/blob/artifact/{f['artifactID']}/{f['name']}", "artifact": {"id": f["artifactID"]}}
-            for f in v["input"]["artifactFiles"]
-        ]
+        nodes = []
+        for file in v["input"]["artifactFiles"]:
+            place = f"artifact/{file['artifactID']}/{file['name']}"
+            nodes.append({
+                "storagePath": place, "uploadUrl": f"{self.url}/blob/{place}", "uploadHeaders": [],
+                "uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]},
+            })
         return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
 
     def on_CommitArtifact(self, v: Json) -> Json:
@@ -258,7 +257,9 @@ class WandbStub:
         return next((a for a in reversed(self.artifacts.values()) if a.name == name and a.committed), None)
 
     def _membership(self, a: StubArtifact) -> Json:
-        project = {"id": "p", "name": self.runs[a.run].project, "entity": {"id": "e", "name": ENTITY}}
+        project = {
+            "id": "p", "internalId": "1", "name": self.runs[a.run].project, "entity": {"id": "e", "name": ENTITY},
+        }
         collection = {
             "__typename": "ArtifactSequence", "id": "c", "name": a.name, "project": project,
             "type": {"id": "t", "name": a.kind}, "description": None, "createdAt": "2026-01-01T00:00:00Z",
@@ -266,18 +267,46 @@ class WandbStub:
         }
         artifact = {
             "id": a.id, "artifactSequence": collection, "versionIndex": a.version, "artifactType": {"name": a.kind},
-            "description": None, "metadata": json.dumps(a.metadata), "ttlDurationSeconds": None,
+            "description": None, "metadata": json.dumps(a.metadata), "ttlDurationSeconds": -2,
             "ttlIsInherited": False, "tags": [], "historyStep": None, "state": "COMMITTED", "size": 0,
             "digest": a.digest, "commitHash": "c", "fileCount": 1, "createdAt": "2026-01-01T00:00:00Z",
             "updatedAt": None, "aliases": [],
         }
         return {
-            "id": f"membership-{a.id}", "versionIndex": a.version, "aliases": [], "artifact": artifact,
-            "artifactCollection": collection,
+            "id": f"membership-{a.id}", "createdAt": "2026-01-01T00:00:00Z", "versionIndex": a.version,
+            "aliases": [], "artifact": artifact, "artifactCollection": collection,
         }
 
     def on_OrganizationCoreWeaveOrganizationID(self, _: Json) -> Json:
         return {"entity": {"organization": None}}
+
+    def on_ProjectInternalId(self, v: Json) -> Json:
+        there = any(run.project == v["projectName"] for run in self.runs.values()) and v["entityName"] == ENTITY
+        return {"project": {"id": "p", "internalId": "1"} if there else None}
+
+    def on_GetProjects(self, _: Json) -> Json:
+        names = dict.fromkeys(run.project for run in self.runs.values())
+        nodes = [
+            {"id": "p", "internalId": "1", "name": name, "entityName": ENTITY, "createdAt": "2026-01-01T00:00:00Z",
+             "isBenchmark": False, "user": None}
+            for name in names
+        ]
+        edges = [{"cursor": node["name"], "node": node} for node in nodes]
+        return {"models": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+
+    def on_upsertView(self, v: Json) -> Json:
+        inserted = not v.get("id")
+        name = v.get("id") or f"view-{len(self.views)}"
+        project = {"id": "p", "name": v["projectName"], "entityName": v["entityName"]}
+        self.views[name] = {
+            "id": name, "type": v["type"], "name": v["name"], "displayName": v["displayName"],
+            "description": v["description"], "project": project, "spec": v["spec"],
+            "createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z",
+        }
+        return {"upsertView": {"view": self.views[name], "inserted": inserted}}
+
+    def on_SpecificReport(self, v: Json) -> Json:
+        return {"view": self.views.get(v["reportId"])}
 
 
 class _Server(ThreadingHTTPServer):
