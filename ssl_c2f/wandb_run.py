@@ -42,7 +42,7 @@ class TrackingOptions(Options):
     entity: str | None = None
     name: str | None = None
     tags: tuple[str, ...] = ()
-    timeout_seconds: float = Field(5.0, gt=0, description="how long W&B may hold up the start or the end of a phase")
+    timeout_seconds: float = Field(4.0, gt=0, description="how long W&B may hold up the start or the end of a phase")
     artifacts: Literal["reference", "upload", "none"] = Field(
         "reference", description="a phase's last checkpoint as an artifact: where it lies, its weights as well, or none"
     )
@@ -200,7 +200,7 @@ def _init(options: TrackingOptions, identity: Identity, mode: Any) -> Run:
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     run.define_metric("*", step_metric=AXES[0])
-    facts = {"id": run_id, "entity": run.entity or options.entity, "project": options.project, "url": run.url,
+    facts = {"id": run_id, "entity": run.entity or options.entity, "project": options.project, "url": None if run.offline else run.url,
              "group": identity.group, "job_type": identity.job_type, "offline": run.offline}
     write_text(identity.id_file.with_name(FACTS), json.dumps(facts, indent=1) + "\n")
     return run

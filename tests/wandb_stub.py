@@ -5,6 +5,7 @@ It answers GraphQL by the name of the operation, takes uploads and history by of
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,8 +36,14 @@ class StubRun:
     exit_code: int | None = None
 
     @property
-    def history(self) -> list[Json]:
+    def rows(self) -> list[Json]:
+        """All rows of the history, as they came."""
         return [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
+
+    @property
+    def history(self) -> list[Json]:
+        """What is shown: of rows with the same number the last."""
+        return list({row["_step"]: row for row in self.rows}.values())
 
     @property
     def summary(self) -> Json:
@@ -81,8 +89,8 @@ class StubArtifact:
 class WandbStub:
     """`with WandbStub() as stub:` serves on `stub.url`.
 
-    `delay` seconds pass before each answer; `status` is answered instead of 200 where it is set; `stop_when` stops the
-    server as soon as it is true of the stub.
+    `delay` seconds pass before each answer; `status` is answered instead of 200 where it is set; `watch` is called with
+    the stub after each request.
     """
 
     def __init__(self) -> None:
@@ -93,7 +101,7 @@ class WandbStub:
         self.operations: list[str] = []
         self.unknown: list[str] = []
         self.delay, self.status = 0.0, 200
-        self.stop_when: Callable[[WandbStub], bool] | None = None
+        self.watch: Callable[[WandbStub], object] | None = None
         self.lock = threading.RLock()
         self.server: _Server | None = _Server(("127.0.0.1", 0), self)
         self.port = self.server.server_address[1]
@@ -126,9 +134,21 @@ class WandbStub:
     def restart(self) -> None:
         """Serve again, at the same address."""
         self.stop()
-        self.delay, self.status, self.stop_when = 0.0, 200, None
+        self.delay, self.status, self.watch = 0.0, 200, None
         self.server = _Server(("127.0.0.1", self.port), self)
         self._serve()
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """Variables with which W&B talks to this server, and leaves nothing outside `folder`."""
+        places = {name: str(folder / name.lower()) for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+        return {
+            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "NETRC": str(folder / "netrc"), "WANDB_MODE": "",
+            "WANDB_ERROR_REPORTING": "false", **places,
+        }
+
+    def by_type(self) -> dict[str, StubRun]:
+        """Runs by their job type; of several the last."""
+        return {run.fields["jobType"]: run for run in self.runs.values()}
 
     # what is answered
 
@@ -296,7 +316,7 @@ class WandbStub:
 
     def on_upsertView(self, v: Json) -> Json:
         inserted = not v.get("id")
-        name = v.get("id") or f"view-{len(self.views)}"
+        name = v.get("id") or base64.b64encode(b"View:%d" % len(self.views)).decode()
         project = {"id": "p", "name": v["projectName"], "entityName": v["entityName"]}
         self.views[name] = {
             "id": name, "type": v["type"], "name": v["name"], "displayName": v["displayName"],
@@ -347,13 +367,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        if stub.stop_when and stub.stop_when(stub):
-            threading.Thread(target=stub.stop).start()
         if stub.delay:
             time.sleep(stub.delay)
         content: Any = {"errors": [{"message": "broken"}]}
         if stub.status == 200:
             content = stub.answer(self.path, body, self.command)
+        if stub.watch:
+            stub.watch(stub)
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(stub.status)
         self.send_header("Content-Type", "application/json")

@@ -17,7 +17,7 @@ from typing import Any
 from ssl_c2f.options import UserError
 from ssl_c2f.report import sections
 from ssl_c2f.report.read import Json, RunData, read_json, read_runs
-from ssl_c2f.run import write_text
+from ssl_c2f.run import RunFolder, write_text
 from ssl_c2f.wandb_run import read_facts
 
 KEPT = "wandb_report.json"
@@ -66,11 +66,14 @@ def write_report(paths: Sequence[Path]) -> str:
 
 
 def _tracked(run: RunData) -> Tracked:
-    phases = {f.parent.name.partition("-")[2]: read_facts(f.parent) for f in run.path.glob("phases/*/wandb.json")}
+    phases = {
+        phase.name: facts for i, phase in enumerate(run.phases)
+        if (facts := read_facts(RunFolder(run.path).phase(i, phase.name).path))
+    }
     tops = ("finetune", "probe", "evaluation")
     found = sorted(f.parent for top in tops for f in run.path.glob(f"{top}/**/wandb.json"))
-    results = {folder.relative_to(run.path).as_posix(): read_facts(folder) for folder in found}
-    phases, results = ({k: v for k, v in facts.items() if v} for facts in (phases, results))
+    results = {name: facts for folder in found if (facts := read_facts(folder))
+               for name in [folder.relative_to(run.path).as_posix()]}
     if not phases:
         raise UserError(
             f"{run.path}: no phase of it was tracked by W&B; track runs with tracking.wandb=online, or leave out "
