@@ -200,8 +200,11 @@ def _init(options: TrackingOptions, identity: Identity, mode: Any) -> Run:
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     run.define_metric("*", step_metric=AXES[0])
-    facts = {"id": run_id, "entity": run.entity or options.entity, "project": options.project, "url": None if run.offline else run.url,
-             "group": identity.group, "job_type": identity.job_type, "offline": run.offline}
+    facts = {
+        "id": run_id, "entity": run.entity or options.entity, "project": options.project,
+        "url": None if run.offline else run.url, "group": identity.group, "job_type": identity.job_type,
+        "offline": run.offline,
+    }
     write_text(identity.id_file.with_name(FACTS), json.dumps(facts, indent=1) + "\n")
     return run
 

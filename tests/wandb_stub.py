@@ -131,6 +131,10 @@ class WandbStub:
             server.close_connections()
             server.server_close()
 
+    def refuse(self) -> None:
+        """`stop`, from within an answer."""
+        threading.Thread(target=self.stop).start()
+
     def restart(self) -> None:
         """Serve again, at the same address."""
         self.stop()
@@ -140,7 +144,8 @@ class WandbStub:
 
     def environment(self, folder: Path) -> dict[str, str]:
         """Variables with which W&B talks to this server, and leaves nothing outside `folder`."""
-        places = {name: str(folder / name.lower()) for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+        names = ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
+        places = {name: str(folder / name.lower()) for name in names}
         return {
             "WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "NETRC": str(folder / "netrc"), "WANDB_MODE": "",
             "WANDB_ERROR_REPORTING": "false", **places,
