@@ -114,7 +114,7 @@ def server_rows(shell: Shell, phase: str) -> list[dict[str, Any]]:
 
 
 def assert_chain(server: WandbStub) -> None:
-    """Each phase's run made an artifact that the next one used, and both folds and the scores used the last."""
+    """Each phase's run made an artifact that the next one used; both folds, their scores and the probe used the last."""
     runs = server.by_type()
     models = {a.run: a for a in server.artifacts.values() if a.kind == "model" and a.committed}
     for before, after in pairwise(PHASES):
@@ -122,8 +122,8 @@ def assert_chain(server: WandbStub) -> None:
         assert set(made.used_by) == {runs[f"pretrain/{after}"].name}
         assert {"model.safetensors", "ema.safetensors", "state.json"} == set(made.manifest["contents"])
         assert models[runs[f"pretrain/{after}"].name].metadata["source"]["artifact"] == made.name
-    tuned = {name for name, run in server.runs.items() if run.fields["jobType"].startswith("finetune/")}
-    assert len(tuned) == 3 and set(models[runs["pretrain/fine"].name].used_by) == tuned
+    later = {name for name, run in server.runs.items() if not run.fields["jobType"].startswith("pretrain/")}
+    assert len(later) == 4 and set(models[runs["pretrain/fine"].name].used_by) == later
 
 
 def assert_no_secret(shell: Shell, server: WandbStub) -> None:
@@ -183,11 +183,11 @@ def assert_report(shell: Shell, server: WandbStub) -> None:
             named += len(names)
     assert named >= 12
     text = json.dumps(blocks)
-    for said in ("single phase (planned)", "fine-tun", "ssl_c2f pretrain", "ssl_c2f finetune", "log-mel", "% interval"):
-        assert said in text.replace("__main__.py", "ssl_c2f"), said
+    for said in ("single phase (planned)", "Fine-tuning", "ssl_c2f pretrain", "ssl_c2f finetune", "95 % interval"):
+        assert said in text, said
 
 
-@pytest.mark.parametrize("trouble", ["slow", "broken", "stopped", "gone"])
+@pytest.mark.parametrize("trouble", ["slow", "broken", "stopped"])
 def test_a_server_in_trouble_does_no_harm(shell: Shell, server: WandbStub, trouble: str) -> None:
     def stop_in_the_middle(stub: WandbStub) -> None:
         if "pretrain/middle" in stub.by_type() and stub.watch:
@@ -201,9 +201,6 @@ def test_a_server_in_trouble_does_no_harm(shell: Shell, server: WandbStub, troub
             server.status = 500
         case "stopped":
             server.watch = stop_in_the_middle
-        case "gone":
-            server.stop()
-    shell.do("plan", "tiny.yaml", shell.data)  # everything is imported once
     began = time.monotonic()
     shell.do(*shell.pretrain("tracking.wandb=off", f"run_dir={shell.folder}/other"))
     undisturbed = time.monotonic() - began
@@ -227,7 +224,8 @@ def test_a_server_in_trouble_does_no_harm(shell: Shell, server: WandbStub, troub
     chain = [models[f"model-{runs[kind].name}"] for kind in ("finetune/tune", "pretrain/fine", "pretrain/middle")]
     before = [runs[f"pretrain/{phase}"].name for phase in reversed(PHASES)]
     assert [model.metadata["source"]["artifact"] for model in chain] == [f"model-{name}" for name in before]
-    assert_report(shell, server) if trouble == "slow" else None
+    if trouble == "slow":
+        assert_report(shell, server)
 
 
 def test_uploaded_checkpoints_are_whole(shell: Shell, server: WandbStub) -> None:

@@ -206,7 +206,7 @@ class WandbStub:
             "teams": teams, "admin": False, "apiKeys": {"edges": []}, "deletedAt": None,
         }}
 
-    on_GetViewer = on_Viewer
+    on_GetDefaultEntity = on_Viewer
 
     def on_ServerFeaturesQuery(self, _: Json) -> Json:
         return {"serverInfo": {"features": []}}

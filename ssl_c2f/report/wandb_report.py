@@ -232,7 +232,7 @@ def _results(runs: Sequence[Tracked]) -> str:
 def _commands(run: RunData) -> list[str]:
     """The command that made the run, and those of its fine-tunings."""
     files = [run.path / "provenance.json", *sorted(run.path.glob("finetune/**/provenance.json"))]
-    found = [[Path(words[0]).name, *words[1:]] for f in files if (words := read_json(f).get("command"))]
+    found = [["ssl_c2f", *words[1:]] for f in files if (words := read_json(f).get("command"))]
     return list(dict.fromkeys(shlex.join(map(str, words)) for words in found))
 
 
