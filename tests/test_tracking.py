@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from wandb_stub import KEY
+from wandb_stub import KEY, WandbStub
 
 from ssl_c2f import wandb_run
 from ssl_c2f.options import UserError
@@ -36,11 +36,13 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def track(folder: Path, wandb: Any = "off", *, resume_step: int | None = None, **more: Any) -> Tracker:
+def track(
+    folder: Path, wandb: Any = "off", *, resume_step: int | None = None, timeout_seconds: float = 1.0, **more: Any
+) -> Tracker:
     identity = Identity(
         folder, folder / "phases/0-coarse/wandb_id", "run", "pretrain/coarse", config={"phases": [{"name": "coarse"}]}
     )
-    options = TrackingOptions(wandb=wandb, timeout_seconds=1.0)
+    options = TrackingOptions(wandb=wandb, timeout_seconds=timeout_seconds)
     return Tracker(options, identity, phase="coarse", resume_step=resume_step, **more)
 
 
@@ -141,6 +143,27 @@ def test_a_resumed_offline_run_is_one_whole_file_under_the_same_id(tmp_path: Pat
     assert ids[0] == ids[1]
     assert [(record["step"], record["_step"]) for record in found] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
     assert [str(record["loss"]) for record in found] == ["1", "nan", "1", "1", "1"]
+
+
+@pytest.mark.slow
+def test_the_server_gets_what_it_missed_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def go(resume_step: int, last: int) -> list[tuple[int, int]]:
+        tracker = track(tmp_path / "run", "online", resume_step=resume_step, timeout_seconds=30.0)
+        assert tracker.wandb.run is not None and not tracker.wandb.run.offline
+        for step in range(resume_step + 1, last + 1):
+            tracker.log({"phase": "coarse", "step": step})
+        tracker.finish()
+        (run,) = stub.runs.values()
+        return [(row["_step"], row["step"]) for row in run.rows]
+
+    with WandbStub() as stub:
+        for name, value in stub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        assert go(0, 4) == [(i, i + 1) for i in range(4)]
+        with open(tmp_path / "run/metrics.jsonl", "a") as file:  # it was killed before W&B had sent these
+            file.writelines(json.dumps({"phase": "coarse", "step": step}) + "\n" for step in (5, 6))
+        assert go(5, 7) == [(i, i + 1) for i in range(7)]
+        assert go(3, 8) == [(i, i + 1) for i in range(8)], "the server had the steps that were rolled back"
 
 
 def test_records_of_other_phases_are_not_replayed(tmp_path: Path) -> None:

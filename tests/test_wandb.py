@@ -114,7 +114,7 @@ def server_rows(shell: Shell, phase: str) -> list[dict[str, Any]]:
 
 
 def assert_chain(server: WandbStub) -> None:
-    """Each phase's run made an artifact that the next one used; both folds, their scores and the probe used the last."""
+    """Each phase's run made an artifact that the next used; both folds, their scores and the probe used the last."""
     runs = server.by_type()
     models = {a.run: a for a in server.artifacts.values() if a.kind == "model" and a.committed}
     for before, after in pairwise(PHASES):

@@ -147,7 +147,7 @@ class WandbStub:
         names = ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
         places = {name: str(folder / name.lower()) for name in names}
         return {
-            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "NETRC": str(folder / "netrc"), "WANDB_MODE": "",
+            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "NETRC": str(folder / "netrc"),
             "WANDB_ERROR_REPORTING": "false", **places,
         }
 
