@@ -2,7 +2,7 @@
 
     python benchmarks/supervised.py --root FOLDER [--backbones ast htsat] [--seeds 0 1 2] [--epochs 16]
 
-Feng et al. (ICASSP 2024, arXiv 2401.08415) train AST and HTS-AT with labels; these are small ones over 64 mel bins, from
+Feng et al. (ICASSP 2024, arXiv 2401.08415) train AST and HTS-AT with labels; these are small ones of 64 mel bins, from
 random weights, on the official five folds: each is held out in turn. Both ways have the same epochs, peak learning
 rate, batches and augmentation; coarse to fine spends half of the epochs at time factor 4, and a quarter each at 2 and
 at 1. An accuracy is that of the last weights at full resolution: nothing is selected on the held-out fold.

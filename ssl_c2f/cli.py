@@ -103,9 +103,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("ckpt", type=Path, metavar="RUN|FILE", help="run folder, phase or checkpoint")
     sub.add_argument("--format", choices=("hf", "onnx", "safetensors"), required=True)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    sub = command("report", _report, "one HTML page about one or more runs")
+    sub = command("report", _report, "one HTML page about one or more runs, or a W&B report")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.html")
+    sub.add_argument("--wandb", action="store_true", help="a W&B report instead of the page; again: it is updated")
 
     sub = command("config", _config_show, "show, validate or compare configs")
     kinds = sub.add_subparsers(dest="kind", required=True, metavar="show|validate|diff")
@@ -224,6 +225,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if arguments.wandb:
+        from ssl_c2f.report.wandb_report import write_report
+
+        print(write_report(arguments.runs))
+        if arguments.out is None:
+            return
     from ssl_c2f.report import write_page
 
     out = arguments.out or arguments.runs[0] / "report.html"

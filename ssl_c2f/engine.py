@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_c2f import checkpoint, distributed, draws, optim
+from ssl_c2f import checkpoint, distributed, draws, optim, publish
 from ssl_c2f import options as option_files
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import TrainingClips, make_loader
@@ -139,15 +139,14 @@ def train_phase(run: Run, phase: Phase) -> None:
         enabled=run.dist.is_main,
     ) as progress:
         t = start(run, phase, progress.note)
-        tracker = make_tracker(run, phase, t.step, progress.note)
-        try:
+        tracker = publish.make_tracker(run, phase, t.step, progress.note)
+        with tracker or contextlib.nullcontext():
             _train(run, phase, t, tracker, progress)
-            if run.dist.is_main and t.objective.views:
+            if tracker and t.objective.views:
                 masking = run.options.masking(phase, t.objective)
                 save_pictures(run.phase_folder(phase).pictures, t.objective, run.corpus, masking, run.dist.device)
-        finally:
             if tracker:
-                tracker.finish()
+                publish.show_phase(tracker, run, phase)
     if run.dist.is_main:
         run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
     run.dist.barrier()
@@ -192,17 +191,6 @@ def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progres
             save(run, phase, t)
         if stopped and not last:
             raise Interrupted(run.stop.signum or signal.SIGTERM, t.step)
-
-
-def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object]) -> Tracker | None:
-    """The main process's tracker of one phase; metrics.jsonl is cut back to `step`."""
-    if not run.dist.is_main:
-        return None
-    return Tracker(
-        run.folder.path, run.options.tracking, config=run.options.model_dump(mode="json"),
-        group=run.folder.path.name, job_type=f"{run.kind}/{phase.name}", run_id_file=run.phase_folder(phase).wandb_id,
-        resume_step=step, note=note,
-    )
 
 
 def _validation_due(run: Run, step: int) -> bool:
@@ -272,7 +260,7 @@ def noise(run: Run, phase: Phase, size: int) -> Items:
 
 def open_run(
     options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None, corpus: Corpus | None,
-    kind: str,
+    kind: str, group: str,
 ) -> Run:
     """Open or create a run folder, its recordings, statistics and plan.
 
@@ -302,7 +290,7 @@ def open_run(
         for geometry in {*options.geometries, options.fine_geometry}:
             corpus.statistics(geometry)
     dist.barrier()
-    return Run(options, folder, corpus, curriculum, dist, initial, stop, kind)
+    return Run(options, folder, corpus, curriculum, dist, initial, stop, kind, group or path.resolve().name)
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
@@ -335,10 +323,12 @@ def _check_recordings(file: Path, corpus: Corpus) -> None:
 def run(
     options: RunOptions, path: Path, *, initial: Weights | None = None, corpus: Corpus | None = None,
     only: Collection[str] | None = None, stop: Stop | None = None, kind: str = "pretrain",
+    group: str = "",
 ) -> RunFolder:
     """Do a run, or go on with it: the phases that are not done yet, in order (of those named in `only`).
 
-    `kind` (pretrain, train, finetune) is what W&B shows as the type of its jobs.
+    `kind` (pretrain, train, finetune) is what W&B shows as the type of its jobs, `group` (by default the folder's name)
+    what its runs belong to.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or `stop` ended it; calling again goes on. UserError: see `open_run`.
@@ -346,7 +336,7 @@ def run(
     dist, stop = distributed.init(options.train.device), stop or Stop()
     lock = RunFolder(path).lock() if dist.is_main else contextlib.nullcontext()
     with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
-        job = open_run(options, path, dist, stop, initial, corpus, kind)
+        job = open_run(options, path, dist, stop, initial, corpus, kind, group)
         wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
         todo = dist.broadcast_object([p for p in wanted if not job.phase_folder(p).is_done()])  # all see what one saw
         if dead:

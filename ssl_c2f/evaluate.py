@@ -21,7 +21,7 @@ import yaml
 from pydantic import Field
 from torch import Tensor
 
-from ssl_c2f import metrics
+from ssl_c2f import metrics, publish
 from ssl_c2f.data.dataset import DataOptions, open_manifest, split
 from ssl_c2f.data.manifest import Manifest, fingerprint
 from ssl_c2f.inference import Model, RecordingOptions, in_folds, open_corpus, open_model, run_of, run_windows, tell_bad
@@ -71,6 +71,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
         },
     )
     print_scores(result)
+    publish.show_scores(model.weights.origin, folder, "evaluate", result)
     print(folder)
     return result
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ssl_c2f import distributed, engine, metrics
+from ssl_c2f import distributed, engine, metrics, publish
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import split
 from ssl_c2f.evaluate import print_scores, write_scores
@@ -74,7 +74,8 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
             factor=factor, _statistics={},
         )
         initial = None if options.from_scratch else weights
-        engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune")
+        group = publish.group_of(weights.origin)
+        engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune", group=group)
         if held_out and report:
             scored[fold] = _score(part, path, corpus)
     if scored:
@@ -119,3 +120,4 @@ def _report(
     paths = [corpus.manifest.clips[i].path for i in clips.tolist()]
     result = write_scores(folder, paths, scores, source.labels(clips), corpus.manifest.classes, extra)
     print_scores(result)
+    publish.show_scores(weights.origin, folder, "finetune", result, options.tracking)

@@ -17,7 +17,7 @@ from pydantic import Field
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_c2f import draws, metrics
+from ssl_c2f import draws, metrics, publish
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.data.front_end import Batch
@@ -72,6 +72,7 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
     folder = Path(options.out) if options.out else run_of(model.weights) / "probe" / data_name(options.data)
     write_text(folder / "probe.json", json.dumps(result, indent=1) + "\n")
     print_probe(result)
+    publish.show_scores(model.weights.origin, folder, "probe", result)
     print(folder)
     return result
 

@@ -21,7 +21,7 @@ from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.optim import OptimOptions
 from ssl_c2f.options import Options
 from ssl_c2f.phases import Curriculum, Phase, PhaseOptions, make_curriculum
-from ssl_c2f.tracking import TrackingOptions
+from ssl_c2f.wandb_run import TrackingOptions
 
 
 class TrainOptions(Options):

@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.yaml  provenance.json  plan.json  metrics.jsonl  bad_files.jsonl  lock
-  phases/0-coarse/    checkpoints/  pictures/  transfer.json  wandb_id  done
+  phases/0-coarse/    checkpoints/  pictures/  transfer.json  wandb_id  wandb.json  done
   finetune/NAME/
 """
 
@@ -33,6 +33,7 @@ from ssl_c2f.options import UserError
 
 PACKAGES = ("ssl_c2f", "torch", "torchaudio", "timm", "lightly", "numpy")
 _SECRET = re.compile(r"(?i)^[\w.-]*(key|token(?!s)|secret|passw)[\w.-]*$")
+_IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 _locks: set[int] = set()  # descriptors of the locks that this process holds
 
 
@@ -232,13 +233,13 @@ def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def redact(command: Sequence[str]) -> list[str]:
-    """The command with the values of keys that look like secrets hidden: `api_key=***`, `--token ***`."""
+    """The command with what looks like a secret hidden: `api_key=***`, `--token ***`, `https://user:***@host`."""
     shown: list[str] = []
     hide_next = False
     for word in command:
         name, equals, _ = word.partition("=")
         secret = bool(_SECRET.match(name))
-        shown.append("***" if hide_next else f"{name}=***" if secret and equals else word)
+        shown.append("***" if hide_next else f"{name}=***" if secret and equals else _IN_URL.sub(r"\1***@", word))
         hide_next = secret and not equals and word.startswith("-")
     return shown
 

@@ -39,6 +39,7 @@ class Run:
     initial: Weights | None
     stop: Stop
     kind: str
+    group: str = ""  # of its W&B runs
 
     def phase_folder(self, phase: Phase) -> PhaseFolder:
         return self.folder.phase(phase.index, phase.name)

@@ -9,12 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Of these, nothing but each other and options: they know nothing of audio.
-LEAVES = ("options", "checkpoint", "run", "tracking", "progress", "distributed", "draws", "signals")
+LEAVES = ("options", "checkpoint", "run", "tracking", "wandb_run", "progress", "distributed", "draws", "signals")
 
 # A module imports only from those above it. A package is one entry: its modules may import each other, without cycles.
 ORDER = (
     "geometry", "phases", "cost", "spectrogram", "compress", "masking", "data", "models", "transfer", "objectives",
-    "optim", "metrics", "recipe", "weights", "validate", "pictures", "training", "engine",
+    "optim", "metrics", "recipe", "weights", "validate", "pictures", "training", "publish",
+    "engine",
     # things done with an engine or a run folder
     "inference", "evaluate", "probe", "embed", "predict", "finetune", "convert", "export", "hub", "auto", "config",
     "plan", "summary", "report", "demo", "jobs", "cluster", "schedule", "jobstatus", "launching", "cli", "__main__",

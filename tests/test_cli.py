@@ -20,7 +20,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FLAGS = {
     "demo": {"folder"}, "pretrain": {"words"}, "train": {"words"}, "finetune": {"--ckpt", "--config", "words"},
     "evaluate": {"--ckpt", "words"}, "probe": {"--ckpt", "words"}, "embed": {"--ckpt", "words"},
-    "predict": {"--ckpt", "words"}, "plan": {"--measure", "--clips", "words"}, "report": {"runs", "--out"},
+    "predict": {"--ckpt", "words"}, "plan": {"--measure", "--clips", "words"}, "report": {"runs", "--out", "--wandb"},
     "convert": {"file", "--out", "words"}, "export": {"ckpt", "--format", "--out"},
     "config show": {"words"}, "config validate": {"words"}, "config diff": {"words"},
     "data manifest": {"words", "--out"}, "data check": {"words"}, "data stats": {"words"},

@@ -5,6 +5,7 @@
   sections.py  RunData -> pieces of HTML
   page.py      the whole page
   page.css, page.js
+  wandb_report.py  the same run folders -> a W&B report
 """
 
 from __future__ import annotations
