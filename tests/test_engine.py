@@ -53,7 +53,7 @@ def to_the_end_in_steps(o: RunOptions, path: Path) -> int:
 
 
 def open_job(o: RunOptions, path: Path) -> Run:
-    return engine.open_run(o, path, distributed.init("cpu"), Stop(), None, None, "pretrain")
+    return engine.open_run(o, path, distributed.init("cpu"), Stop(), None, None, "pretrain", path.name)
 
 
 @pytest.fixture(scope="module")
