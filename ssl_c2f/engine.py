@@ -260,7 +260,7 @@ def noise(run: Run, phase: Phase, size: int) -> Items:
 
 def open_run(
     options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None, corpus: Corpus | None,
-    kind: str, group: str,
+    kind: str, group: str = "",
 ) -> Run:
     """Open or create a run folder, its recordings, statistics and plan.
 

@@ -42,7 +42,7 @@ class TrackingOptions(Options):
     entity: str | None = None
     name: str | None = None
     tags: tuple[str, ...] = ()
-    timeout_seconds: float = Field(4.0, gt=0, description="how long W&B may hold up the start or the end of a phase")
+    timeout_seconds: float = Field(5.0, gt=0, description="how long W&B is waited for at the start, twice at the end")
     artifacts: Literal["reference", "upload", "none"] = Field(
         "reference", description="a phase's last checkpoint as an artifact: where it lies, its weights as well, or none"
     )

@@ -143,6 +143,7 @@ def test_provenance_is_complete_and_names_no_host() -> None:
         ("--hf-token=abc", "--hf-token=***"),
         ("HF_TOKEN=abc", "HF_TOKEN=***"),
         ("password=a=b", "password=***"),
+        ("data.root=https://me:abc@host/x", "data.root=https://me:***@host/x"),
         ("num_tokens=128", "num_tokens=128"),
         ("optim.lr=1e-3", "optim.lr=1e-3"),
     ],
