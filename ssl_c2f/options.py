@@ -8,8 +8,8 @@ Every module owns the options that it needs, as a subclass of `Options`; this on
 
     load(MaskOptions, Path("mask.yaml"), ["ratio=0.8"])
 
-A union of models is told apart by a field called `name`, a `Literal`: `Annotated[A | B, Field(discriminator="name")]`, or
-by a function where the name may be left out: `Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], Discriminator(f)]`.
+A union of models is told apart by a field called `name`, a `Literal`: `Annotated[A | B, Field(discriminator="name")]`;
+where the name may be left out, by a function: `Annotated[Annotated[A, Tag("a")] | ..., Discriminator(function)]`.
 """
 
 from __future__ import annotations

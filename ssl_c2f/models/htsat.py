@@ -89,8 +89,6 @@ class HTSAT(nn.Module):
 
     **Bands.** Merging never crosses a band's edge. Windows do, where they are shifted or higher than a band: they hold
     the same place of neighbouring bands, W columns apart, as published.
-
-    timm pads grids that its windows do not divide with zeros, which take part in attention too.
     """
 
     num_prefix = 0
@@ -105,14 +103,16 @@ class HTSAT(nn.Module):
         for stage, (width, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
             if stage:
                 self.merges[str(len(self.blocks))] = PatchMerging(options.widths[stage - 1], width)
-            height_width = grid_of(geometry, stage)
+            grid = grid_of(geometry, stage)
             for i in range(depth):
                 rate = options.drop_path * len(self.blocks) / max(options.depth - 1, 1)
                 shift = options.window // 2 if i % 2 else 0
-                self.blocks.append(SwinTransformerBlock(
-                    width, height_width, heads, window_size=options.window, shift_size=shift,
-                    mlp_ratio=options.mlp_ratio, drop_path=rate,
-                ))
+                block = SwinTransformerBlock(
+                    width, grid, heads, window_size=options.window, shift_size=shift, mlp_ratio=options.mlp_ratio,
+                    drop_path=rate,
+                )
+                block.register_buffer("attn_mask", window_mask(grid, block.window_size, block.shift_size), False)
+                self.blocks.append(block)
         self.norm = nn.LayerNorm(options.width)
         self.apply(initialise)
 
@@ -139,6 +139,24 @@ def grid_of(geometry: Geometry, stage: int) -> tuple[int, int]:
     """(H, W) of a stage, the first being 0."""
     height, width = geometry.folded
     return height >> stage, width >> stage
+
+
+def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
+    """(windows, tokens of a window, the same) to add to attention's scores; None where all may attend to all.
+
+    A window that is shifted beyond an edge holds tokens of the opposite edge, which must not mix with those of this one.
+    timm's own mask is the same where windows divide the grid; elsewhere it mixes opposite edges and lets tokens attend
+    to the zeros that fill windows up.
+    """
+    parts = []
+    for side, size, step in zip(grid, window, shift, strict=True):
+        there = (torch.arange(side) + step) % side < step  # after rolling: what comes from the opposite edge
+        parts.append(F.pad(there.long(), (0, -side % size), value=2).view(-1, size))
+    rows, columns = parts
+    kinds = (3 * rows[:, None, :, None] + columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)
+    if not kinds.any():
+        return None
+    return torch.where(kinds[:, :, None] == kinds[:, None], 0.0, -100.0)
 
 
 def window_of(table_length: int, grid: tuple[int, int]) -> tuple[int, int]:
