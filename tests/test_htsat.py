@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from batches import batch_of, some, sounds
+from batches import batch_of, some
+from batches import sounds as noise
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cost import counted
@@ -90,7 +91,8 @@ def test_cutting_then_folding_is_the_published_image() -> None:
     ("factor", "seconds", "folds", "last", "windows"),
     [
         (1, 10.24, 4, (8, 8), [(8, 8), (8, 8), (8, 8), (8, 8)]), (1, 10.0, 4, (8, 8), [(8, 8)] * 4),
-        (2, 10.24, 2, (4, 8), [(8, 8), (8, 8), (8, 8), (4, 8)]), (4, 10.24, 2, (4, 4), [(8, 8), (8, 8), (8, 8), (4, 4)]),
+        (2, 10.24, 2, (4, 8), [(8, 8), (8, 8), (8, 8), (4, 8)]),
+        (4, 10.24, 2, (4, 4), [(8, 8), (8, 8), (8, 8), (4, 4)]),
         (1, 5.0, 2, (4, 8), [(8, 8), (8, 8), (8, 8), (4, 8)]), (4, 5.0, 1, (2, 4), [(8, 8), (8, 8), (4, 8), (2, 4)]),
         (1, 0.2, 1, (2, 1), [(8, 8), (8, 4), (4, 2), (2, 1)]),
     ],
@@ -136,7 +138,8 @@ def test_attention_stays_in_its_window(grid: tuple[int, int], step: int) -> None
     if mask is not None and not any(side % size for side, size in zip(grid, block.window_size, strict=True)):
         assert torch.equal(mask, block.attn_mask)
     block.register_buffer("attn_mask", mask, persistent=False)
-    parts = [[(i - s) // w for i in range(n)] for n, w, s in zip(grid, block.window_size, block.shift_size, strict=True)]
+    sizes = zip(grid, block.window_size, block.shift_size, strict=True)
+    parts = [[(i - s) // w for i in range(n)] for n, w, s in sizes]
     x = torch.randn(1, *grid, 4, requires_grad=True)
     out = block(x)
     for r, c in [(0, 0), (grid[0] - 1, grid[1] - 1), (grid[0] // 2, grid[1] // 2), (0, grid[1] - 1)]:
@@ -151,7 +154,7 @@ def test_a_clips_logits_depend_on_no_other_clip() -> None:
     model = HTSATOptions(widths=(8, 16, 32), depths=(1, 2, 1), heads=(1, 2, 2), window=4)
     torch.manual_seed(0)
     objective = build_objective(model, SupervisedOptions(), g, 4).eval()
-    items = sounds([8000, 700, 4100])
+    items = noise([8000, 700, 4100])
     together = objective.logits(batch_of(items, None, g))  # type: ignore[union-attr, operator]
     for i in range(3):
         alone = objective.logits(batch_of(some(items, slice(i, i + 1)), None, g))  # type: ignore[union-attr, operator]
@@ -215,9 +218,7 @@ def test_biases_keep_their_slope_and_their_middle(
     table = torch.randn(len(plane(old)), 2)
     there = resize_biases(table, old, new)
     torch.testing.assert_close(there[len(there) // 2], table[len(table) // 2])
-    assert window_of(len(plane(old)), old) == old
-    if all(a <= b for a, b in zip(old, new, strict=True)) and 2 * new[0] % old[0] == 0 and old == new:
-        assert torch.equal(there, table)
+    assert window_of(len(plane(old)), old) == old and there.shape == (len(plane(new)), 2)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -236,10 +237,11 @@ def test_boundaries_resize_the_tables_of_clipped_windows_alone(compression: Comp
         assert resized.keys() == tables | kernels
         assert all(resized[name] == f"window {expected}, linear" for name in tables)
         assert report.count() == {"resized": len(resized), "copied": len(fitted) - len(resized)}
-        small = HTSATOptions.model_validate({**SMALL.model_dump(), "depths": (2, 1, 1, 1)})
+        shallow = HTSATOptions.model_validate({**SMALL.model_dump(), "depths": (2, 1, 1, 1)})
+        c = build_objective(shallow, SupervisedOptions(), source, 3)
         with pytest.raises(UserError, match=r"encoder does not fit the checkpoint: encoder\.blocks\.5"):
-            transfer(build_objective(small, SupervisedOptions(), source, 3).state_dict(), source, b.state_dict(), target)
-        state = {name: value for name, value in a.state_dict().items()}
+            transfer(c.state_dict(), source, b.state_dict(), target)
+        state = a.state_dict()
         state["encoder.blocks.5.attn.relative_position_bias_table"] = torch.zeros(50, 4)
         with pytest.raises(UserError, match="50 relative positions fit no window in a grid of"):
             transfer(state, source, b.state_dict(), target)
@@ -267,7 +269,9 @@ def debug_options(root: Path, *overrides: str) -> RunOptions:
     return options.load(config.TrainOptions, file, [f"data.root={root}", *overrides])
 
 
-@pytest.mark.parametrize("compression", ["frame_shift", *(pytest.param(c, marks=pytest.mark.slow) for c in COMPRESSIONS[1:])])
+@pytest.mark.parametrize(
+    "compression", ["frame_shift", *(pytest.param(c, marks=pytest.mark.slow) for c in COMPRESSIONS[1:])]
+)
 def test_three_phases_interrupted_equal_straight(compression: str, sounds: Path, tmp_path: Path) -> None:
     short = [f"phases.{i}.steps=2" for i in range(3)]
     o = debug_options(sounds, f"compression={compression}", "augment.mixup_prob=0.5", "train.rehearse=false", *short)
@@ -306,7 +310,8 @@ def test_everything_that_takes_a_checkpoint_takes_it(tones: Path, tmp_path: Path
     run = go(o, tmp_path / "run")
     assert 0 <= evaluate(run, of(EvaluateOptions, tones, folds=[5]))["accuracy"] <= 1
     embed(run, of(EmbedOptions, tones, out=str(tmp_path / "f.npz")))
-    assert "checkpoint" in probe(run, of(ProbeOptions, tones, out=str(tmp_path / "probe")))["checkpoint"] + "checkpoint"
+    probe(run, of(ProbeOptions, tones, out=str(tmp_path / "probe")))
+    assert (tmp_path / "f.npz").exists() and (tmp_path / "probe" / "probe.json").exists()
     clip = next((tones / CLASSES[0]).glob("*.wav"))
     (prediction,) = predict(run, [clip], PredictOptions(device="cpu", timeline=True))
     assert prediction.scores
@@ -347,10 +352,10 @@ def test_what_it_cannot_do_is_told_in_one_line(override: str, wrong: str) -> Non
 
 def test_without_a_name_the_model_is_a_vit() -> None:
     phases = [{"name": "only", "steps": 1}]
-    for model in ({"width": 32}, {"name": "vit", "width": 32}, EncoderOptions(width=32)):
+    for model in ({"width": 36}, {"name": "vit", "width": 36}, EncoderOptions(width=36)):
         o = RunOptions.model_validate({"model": model, "phases": phases}, strict=False)
-        assert o.model == EncoderOptions(width=32)
-    file = options.load(RunOptions, None, ["model.width=64"], {"phases": phases})
-    assert file.model == EncoderOptions(width=64) and "name: vit" in options.dump(file)
+        assert o.model == EncoderOptions(width=36)
+    file = options.load(RunOptions, None, ["model.width=60"], {"phases": phases})
+    assert file.model == EncoderOptions(width=60) and "name: vit" in options.dump(file)
     hierarchical = options.load(RunOptions, ROOT / "configs/debug/supervised_htsat.yaml")
     assert RunOptions.model_validate_json(hierarchical.model_dump_json()) == hierarchical

@@ -144,9 +144,9 @@ def grid_of(geometry: Geometry, stage: int) -> tuple[int, int]:
 def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
     """(windows, tokens of a window, the same) to add to attention's scores; None where all may attend to all.
 
-    A window that is shifted beyond an edge holds tokens of the opposite edge, which must not mix with those of this one.
-    timm's own mask is the same where windows divide the grid; elsewhere it mixes opposite edges and lets tokens attend
-    to the zeros that fill windows up.
+    A window that is shifted beyond an edge holds tokens of the opposite edge, which must not mix with those of this
+    one. timm's own mask is the same where windows divide the grid; elsewhere it mixes opposite edges and lets tokens
+    attend to the zeros that fill windows up.
     """
     parts = []
     for side, size, step in zip(grid, window, shift, strict=True):
