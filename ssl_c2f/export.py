@@ -25,6 +25,7 @@ from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.models.heads import read_out
 from ssl_c2f.models.published import to_hf
+from ssl_c2f.models.vit import Encoder, EncoderOptions
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.options import UserError
@@ -45,6 +46,8 @@ def export(ckpt: Path, format: Format, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something; give a new folder")
     weights = load_weights(ckpt)
+    if (name := run_options(weights).model.name) != "vit":
+        raise UserError(f"{weights.origin}: only model vit can be exported, not {name}")
     for line in weights.notes:
         print(line)
     match format:
@@ -69,6 +72,11 @@ def _fine(weights: Weights, options: RunOptions) -> tuple[Objective, Geometry, S
     return model, geometry, weights.statistics[geometry.digest()]
 
 
+def _vit(objective: Objective) -> Encoder:
+    assert isinstance(objective.encoder, Encoder)
+    return objective.encoder
+
+
 def _facts(weights: Weights, options: RunOptions, geometry: Geometry, statistics: Statistics) -> dict[str, Any]:
     """What one has to know to feed the weights."""
     return {
@@ -82,8 +90,9 @@ def _facts(weights: Weights, options: RunOptions, geometry: Geometry, statistics
 def _to_safetensors(weights: Weights, out: Path) -> None:
     options = run_options(weights)
     model, geometry, statistics = _fine(weights, options)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in model.encoder.state_dict().items()}
-    tensors["positions"] = model.encoder.positions.detach().contiguous().clone()  # also those that are made anew
+    encoder = _vit(model)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in encoder.state_dict().items()}
+    tensors["positions"] = encoder.positions.detach().contiguous().clone()  # also those that are made anew
     write_bytes(out / "encoder.safetensors", safetensors.torch.save(tensors))
     write_text(out / "encoder.json", json.dumps(_facts(weights, options, geometry, statistics), indent=1) + "\n")
 
@@ -93,7 +102,7 @@ def _to_hf(weights: Weights, out: Path) -> None:
     _require_ast(options, weights)
     model, geometry, statistics = _fine(weights, options)
     patch = geometry.patch_f, geometry.patch_t
-    tensors = to_hf(model.state_dict(), patch, model.encoder.positions.detach())
+    tensors = to_hf(model.state_dict(), patch, _vit(model).positions.detach())
     write_bytes(out / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     for name, content in _hf_configs(options, weights, geometry, statistics).items():
         write_text(out / name, json.dumps(content, indent=2) + "\n")
@@ -122,6 +131,7 @@ def _whole_patches(options: RunOptions, weights: Weights) -> RunOptions:
 def _require_ast(options: RunOptions, weights: Weights) -> None:
     """Raises UserError: it is no AST, in one line that says what would be."""
     m, audio, o = options.model, options.audio, options.objective
+    assert isinstance(m, EncoderOptions)
     again = "fine-tune one that is"
     for wrong, what in (
         (not weights.classes or o.name != "supervised", "it has no classifier: ssl_c2f finetune makes one"),
@@ -142,6 +152,7 @@ def _hf_configs(
     options: RunOptions, weights: Weights, geometry: Geometry, statistics: Statistics
 ) -> dict[str, dict[str, Any]]:
     m, labels = options.model, dict(enumerate(weights.classes))
+    assert isinstance(m, EncoderOptions)
     several = getattr(options.objective, "labels", "single") == "multi"
     shared = {"max_length": geometry.covered, "num_mel_bins": geometry.num_mels}
     return {
@@ -175,7 +186,7 @@ class FromLogMel(nn.Module):
     def __init__(self, objective: Objective, geometry: Geometry, statistics: Statistics, classes: int) -> None:
         super().__init__()
         g = self.geometry = geometry
-        self.encoder = objective.encoder
+        self.encoder = _vit(objective)
         self.head = objective.head if classes and isinstance(objective, Supervised) else None
         self.register_buffer("mean", torch.tensor(statistics.mean))
         self.register_buffer("scale", torch.tensor(statistics.factor * statistics.std))

@@ -76,6 +76,8 @@ class Geometry:
     unit_samples: int  # ... by so many samples
     stride_f: int = 0  # mel bins from one patch to the next; 0 stands for patch_f: patches that do not overlap
     stride_t: int = 0  # frames
+    folds: int = 1  # bands of consecutive time that a hierarchical encoder stacks into an image, ...
+    merge: int = 1  # ... and how many tokens on a side of it become one in its last stage
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride_f", self.stride_f or self.patch_f)
@@ -95,6 +97,14 @@ class Geometry:
     def num_tokens(self) -> int:
         """Tokens of a full-length clip."""
         return self.grid_f * self.columns
+
+    @property
+    def folded(self) -> tuple[int, int]:
+        """(H, W) of the columns folded into `folds` bands, one above the other; W is padded to a multiple of `merge`.
+
+        Cell (r, w) holds row r mod F' of column (r // F') W + w: a band is a stretch of W columns, the earliest on top.
+        """
+        return self.grid_f * self.folds, _folded_width(self.columns, self.folds, self.merge)
 
     @property
     def patch_dim(self) -> int:
@@ -168,9 +178,21 @@ def _columns(num_frames: Count, patch: int, stride: int) -> Count:
     return 1 + _at_least(-(-(num_frames - patch) // stride), 0)
 
 
+def _folded_width(columns: int, folds: int, merge: int) -> int:
+    return -(-columns // (folds * merge)) * merge
+
+
+def _folds(grid_f: int, columns: int, most: int, merge: int) -> int:
+    """The largest power of two, `most` or less, that leaves the image no higher than it is wide; at least 1."""
+    folds = 1
+    while 2 * folds <= most and grid_f * 2 * folds <= _folded_width(columns, 2 * folds, merge):
+        folds *= 2
+    return folds
+
+
 def make_geometry(
     audio: AudioOptions, compression: Compression, patch: tuple[int, int], time_factor: int = 1, *, multiple: int = 1,
-    unit: tuple[int, int] | None = None, stride: tuple[int, int] | None = None,
+    unit: tuple[int, int] | None = None, stride: tuple[int, int] | None = None, fold: tuple[int, int] = (1, 1),
 ) -> Geometry:
     """The geometry of one phase.
 
@@ -181,10 +203,12 @@ def make_geometry(
         stride: (mel bins, frames) from one patch to the next at time factor 1; by default `patch`. Where it is less,
             patches overlap, and the highest mel bins that fill no patch are left out (AST, Gong et al., Interspeech
             2021). The time factor widens patch and stride alike, whatever the compression.
+        fold: bands that time is folded into at most, and the tokens on a side that become one (see `folded`). Short
+            clips and coarse phases get fewer bands: as many as leave the image no higher than wide.
 
     Raises:
-        ValueError: the patch does not divide the mel bins (or, where patches overlap, is higher than they are), or
-            the stride leaves gaps.
+        ValueError: the patch does not divide the mel bins (or, where patches overlap, is higher than they are), the
+            stride leaves gaps, or rows of patches cannot be merged without mixing bands.
     """
     (patch_f, patch_t), (unit_f, unit_t), (stride_f, stride_t) = patch, unit or patch, stride or patch
     if stride_f > patch_f or stride_t > patch_t:
@@ -204,20 +228,25 @@ def make_geometry(
     hop, window = fine_hop * shift, fine_window * (shift if audio.window == "grow" else 1)
     columns = _columns(-(-(1 + max(clip - window, 0) // hop) // pool), patch_t, stride_t)
     num_frames = max(padded // (shift * pool), patch_t + (columns - 1) * stride_t)
+    grid_f = (audio.num_mels - patch_f) // stride_f + 1
+    if grid_f % fold[1]:
+        raise ValueError(f"{grid_f} rows of patches of {patch_f} mel bins: merging them needs a multiple of {fold[1]}")
     return Geometry(
         sample_rate=audio.sample_rate, clip_samples=clip, hop=hop, window=window,
         num_mels=audio.num_mels, f_min=audio.f_min, f_max=audio.f_max or audio.sample_rate / 2,
         num_frames=num_frames, pool=pool,
         pool_kind="none" if pool == 1 else "mean" if compression == "pool_mean" else "max",
-        patch_f=patch_f, patch_t=patch_t, grid_f=(audio.num_mels - patch_f) // stride_f + 1,
+        patch_f=patch_f, patch_t=patch_t, grid_f=grid_f,
         grid_t=(num_frames - patch_t) // stride_t + 1, time_factor=time_factor, unit_mels=unit_f,
         unit_samples=unit_t * fine_hop, stride_f=stride_f, stride_t=stride_t,
+        folds=_folds(grid_f, columns, *fold), merge=fold[1],
     )
 
 
 def make_geometries(
     audio: AudioOptions, compression: Compression, patch: tuple[int, int],
     phases: Sequence[tuple[int, tuple[int, int] | None]], stride: tuple[int, int] | None = None,
+    fold: tuple[int, int] = (1, 1),
 ) -> list[Geometry]:
     """One geometry per (time factor, patch or None for `patch`), all padded to the same span.
 
@@ -225,6 +254,8 @@ def make_geometries(
     """
     multiple = math.lcm(patch[1], *((own or patch)[1] * factor for factor, own in phases))
     return [
-        make_geometry(audio, compression, own or patch, factor, multiple=multiple, unit=patch, stride=own or stride)
+        make_geometry(
+            audio, compression, own or patch, factor, multiple=multiple, unit=patch, stride=own or stride, fold=fold
+        )
         for factor, own in phases
     ]

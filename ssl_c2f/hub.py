@@ -55,7 +55,7 @@ class AudioModel(
         """(B, S) in [-1, 1] at `geometry.sample_rate` -> what the encoder reads; beyond the clip's length it is cut.
 
         Args:
-            num_samples: (B,) real samples of each; all of S if None. The rest is padding that nothing attends to.
+            num_samples: (B,) real samples of each; all of S if None. The rest is padding, to which no ViT attends.
         """
         waveform = waveform[:, : self.geometry.clip_samples]
         if num_samples is None:

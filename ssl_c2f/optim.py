@@ -26,19 +26,22 @@ class OptimOptions(Options):
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter, as in BEiT's layer-wise decay: 0 embeddings, 1 ... depth the blocks, depth + 1 the rest."""
-    if match := re.match(r"encoder\.blocks\.(\d+)\.", name):
+    """Layer of a parameter, as in BEiT's layer-wise decay: 0 embeddings, 1 ... depth the blocks (what
+    merges tokens goes with the block after it), depth + 1 the rest."""
+    if match := re.match(r"encoder\.(?:blocks|merges)\.(\d+)\.", name):
         return int(match[1]) + 1
     return depth + 1 if not name.startswith("encoder.") or name.startswith("encoder.norm") else 0
 
 
 def make_optimizer(objective: nn.Module, options: OptimOptions, depth: int) -> torch.optim.AdamW:
-    """Fused AdamW. Vectors (biases, norms), tokens and positions are not decayed. Each group has an `lr_scale`."""
+    """Fused AdamW. Vectors (biases, norms), tokens, positions and position biases are not decayed.
+
+    Each group has an `lr_scale`."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim < 2 or name.endswith(("_token", "positions"))
+        plain = parameter.ndim < 2 or name.endswith(("_token", "positions", "bias_table"))
         decay = 0.0 if plain else options.weight_decay
         scale = options.layer_decay ** (depth + 1 - layer_of(name, depth))
         group = groups.setdefault((scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})

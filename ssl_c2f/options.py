@@ -8,7 +8,8 @@ Every module owns the options that it needs, as a subclass of `Options`; this on
 
     load(MaskOptions, Path("mask.yaml"), ["ratio=0.8"])
 
-A union of models is told apart by a field called `name`, a `Literal`: `Annotated[A | B, Field(discriminator="name")]`.
+A union of models is told apart by a field called `name`, a `Literal`: `Annotated[A | B, Field(discriminator="name")]`;
+where the name may be left out, by a function: `Annotated[Annotated[A, Tag("a")] | ..., Discriminator(function)]`.
 """
 
 from __future__ import annotations
@@ -242,8 +243,9 @@ def _keys(annotation: Any, place: Location = (), key: str = "") -> Iterator[tupl
     elif origin in (list, tuple) and arguments:
         yield from _keys(arguments[0], (*place, 0), f"{key}.0")
     elif origin in (Union, UnionType):
-        models = [member for member in arguments if _is_options(member)]
-        for member in arguments:
+        members = [get_args(member)[0] if get_origin(member) is Annotated else member for member in arguments]
+        models = [member for member in members if _is_options(member)]
+        for member in members:
             names = get_args(member.model_fields["name"].annotation) if len(models) > 1 and member in models else ()
             for tag in names or (None,):
                 yield from _keys(member, place if tag is None else (*place, tag), key)

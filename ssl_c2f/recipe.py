@@ -15,9 +15,12 @@ from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.front_end import Masking
 from ssl_c2f.geometry import AudioOptions, Compression, Geometry, make_geometries
 from ssl_c2f.masking import MaskOptions
+from ssl_c2f.models.backbones import ModelOptions, activation_bytes, strides_and_folds
+from ssl_c2f.models.htsat import HTSATOptions
 from ssl_c2f.models.vit import EncoderOptions
 from ssl_c2f.objectives import Objective, ObjectiveOptions, build_objective, objective_cost
 from ssl_c2f.objectives.mae import MAEOptions
+from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.optim import OptimOptions
 from ssl_c2f.options import Options
 from ssl_c2f.phases import Curriculum, Phase, PhaseOptions, make_curriculum
@@ -56,7 +59,7 @@ class RunOptions(Options):
     data: DataOptions = DataOptions()
     audio: AudioOptions = AudioOptions()
     compression: Compression = "frame_shift"
-    model: EncoderOptions = EncoderOptions()
+    model: ModelOptions = EncoderOptions()
     objective: ObjectiveOptions = MAEOptions()
     mask: MaskOptions = MaskOptions()
     augment: AugmentOptions = AugmentOptions()
@@ -74,12 +77,22 @@ class RunOptions(Options):
             raise ValueError(f"phases: names must differ, not {', '.join(names)}")
         if self.optim.lr is not None and all(phase.lr is not None for phase in self.phases):
             raise ValueError("optim.lr has no effect: every phase sets its own lr (phases.0.lr=...)")
+        if isinstance(self.model, HTSATOptions):
+            self._may_be_hierarchical()
         if self.fine_geometry.overlaps:
             self._may_overlap()
         for phase, geometry in zip(self.phases, self.geometries, strict=True):
             if geometry.num_tokens < 2:
                 raise ValueError(f"phase {phase.name}: a clip of {self.audio.clip_seconds:g} s is a single token")
         return self
+
+    def _may_be_hierarchical(self) -> None:
+        if not isinstance(self.objective, SupervisedOptions):
+            name = self.objective.name
+            raise ValueError(f"model htsat learns from labels only, and objective {name} hides tokens that its windows "
+                             "need: use model.name=vit, or ssl_c2f train")
+        if self.objective.head in ("class_token", "ast"):
+            raise ValueError(f"objective.head {self.objective.head}: model htsat has no class token; use mean_pool")
 
     def _may_overlap(self) -> None:
         stride = "model.stride_f and model.stride_t"
@@ -104,8 +117,8 @@ class RunOptions(Options):
         phases: list[tuple[int, tuple[int, int] | None]] = [
             (phase.time_factor, _own_patch(phase, patch)) for phase in self.phases
         ]
-        stride = (self.model.stride_f or patch[0], self.model.stride_t or patch[1])
-        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride)
+        stride, fold = strides_and_folds(self.model)
+        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride, fold)
 
     def mask_ratio(self, phase: PhaseOptions) -> float:
         return phase.mask_ratio or self.mask.ratio
@@ -200,7 +213,7 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
 
 def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePlan:
     geometry, parts = options.geometries[phase.index], options.parts(phase.index, num_classes)
-    per_clip, tokens, model = cost.step_flops(parts), cost.seen_tokens(parts), options.model
+    per_clip, tokens = cost.step_flops(parts), cost.seen_tokens(parts)
     clips = phase.steps * phase.batch_size
     return PhasePlan(
         name=phase.name, time_factor=phase.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
@@ -209,7 +222,7 @@ def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePla
         gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
         pflops=per_clip * clips / 1e15,
         parts={part.name: part.step / 1e9 for part in parts},
-        activation_mb_per_clip=cost.transformer_bytes(tokens, model.width, model.depth, model.mlp_ratio) / 1e6,
+        activation_mb_per_clip=activation_bytes(options.model, geometry, tokens) / 1e6,
     )
 
 

@@ -6,7 +6,7 @@ Legend: D width, P values of a patch (index f patch_t + t), N tokens (index f T'
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.htsat import grid_of, window_of
 from ssl_c2f.options import UserError
 
 Action = Literal["copied", "resized", "reinitialised", "dropped"]
@@ -58,7 +59,8 @@ def transfer(
 
     Patch kernels are PI-resized, the rows of reconstruction heads (`to_patch`) resized like the patch that they draw,
     those of heads whose output is multiplied with a patch (`to_match`) PI-resized like kernels, learned positions
-    interpolated in physical time. Sine-cosine positions are no part of the state: a model computes its own.
+    interpolated in physical time. Sine-cosine positions are no part of the state: a model computes its own. Biases by
+    relative position are interpolated where a window is clipped by the grid that it stands in.
 
     Args:
         state: tensors of the model that was trained in `source`.
@@ -73,6 +75,8 @@ def transfer(
     result: dict[str, Tensor] = {}
     for name, wanted in target.items():
         value, detail = _fit(name, state.get(name), source, geometry)
+        if value is not None and name.endswith("relative_position_bias_table"):
+            value, detail = _fit_biases(value, wanted, source, geometry, _stage(name, target))
         if value is not None and value.shape != wanted.shape:
             detail = f"checkpoint has {tuple(value.shape)}, the model {tuple(wanted.shape)}"
             value = None
@@ -104,6 +108,26 @@ def _fit(name: str, tensor: Tensor | None, source: Geometry, target: Geometry) -
     if name.endswith("positions") and not _same_places(source, target):
         return interpolate_positions(tensor, source, target), f"grid {source.grid} -> {target.grid}, in physical time"
     return tensor, ""
+
+
+def _stage(name: str, names: Container[str]) -> int:
+    """The stage of a tensor of block i of a hierarchical encoder: how often tokens were merged up to it."""
+    place, _, rest = name.rpartition("blocks.")
+    return sum(f"{place}merges.{i}.norm.weight" in names for i in range(int(rest.partition(".")[0]) + 1))
+
+
+def _fit_biases(
+    table: Tensor, wanted: Tensor, source: Geometry, target: Geometry, stage: int
+) -> tuple[Tensor | None, str]:
+    """A table of biases for the window that `wanted` is for, and how it was resized; or why there is none."""
+    try:
+        old = window_of(len(table), grid_of(source, stage))
+        new = window_of(len(wanted), grid_of(target, stage))
+    except ValueError as error:
+        return None, str(error)
+    if old == new:
+        return table, ""
+    return resize_biases(table, old, new), f"window {old[0]}x{old[1]} -> {new[0]}x{new[1]}, linear"
 
 
 def _places(geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -145,6 +169,25 @@ def resize_match(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> 
     """
     inverse: Tensor = torch.linalg.pinv(resize_matrix(old, new))
     return (inverse.T.to(tensor.device) @ tensor.double()).to(tensor.dtype)
+
+
+def resize_biases(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """((2 h - 1) (2 w - 1), heads) -> the same of another window (h, w): linear between relative positions.
+
+    A window's side is the same length whatever its number of tokens: its largest offsets stand for each other, and no
+    offset stays none. (Swin, Liu et al., ICCV 2021, fine-tunes with other windows by interpolating bicubically, which
+    overshoots where a table of a small window grows.)
+    """
+    grid = table.double().reshape(2 * old[0] - 1, 2 * old[1] - 1, -1)
+    rows, columns = (
+        _linear_map(_offsets(a), _offsets(b)).to(table.device) for a, b in zip(old, new, strict=True)
+    )
+    return torch.einsum("ij,jkh,lk->ilh", rows, grid, columns).flatten(0, 1).to(table.dtype)
+
+
+def _offsets(side: int) -> Tensor:
+    """Offsets between the tokens of a window's side, as shares of the largest."""
+    return torch.arange(1 - side, side, dtype=torch.float64) / max(side - 1, 1)
 
 
 def interpolate_positions(table: Tensor, source: Geometry, target: Geometry) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_c2f.options import UserError
+
 Readout = Literal["mean", "mean_std", "class_token"]
 HeadKind = Literal["mean_pool", "class_token", "ast", "linear"]
 
@@ -18,8 +20,13 @@ def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout, prefix: int) -
     """(B, prefix + K, D), class tokens first -> (B, D), or (B, 2 D) for mean_std. Padding (valid False) has no share.
 
     `class_token` is the mean of the class tokens, where there are two.
+
+    Raises:
+        UserError: there is none.
     """
     if kind == "class_token":
+        if not prefix:
+            raise UserError("this encoder has no class token to read; take the mean of its tokens instead")
         return tokens[:, :prefix].mean(1)
     x = tokens[:, prefix:]
     weight = torch.ones_like(x[..., :1]) if valid is None else valid[..., None].to(x.dtype)

@@ -21,8 +21,9 @@ Positions = Literal["sincos", "learned"]
 
 
 class EncoderOptions(Options):
-    """The encoder, and the patch of the fine phase (other phases may set their own)."""
+    """The ViT encoder, and the patch of the fine phase (other phases may set their own)."""
 
+    name: Literal["vit"] = "vit"
     width: int = Field(192, ge=4)
     depth: int = Field(12, ge=1)
     heads: int = Field(3, ge=1)
@@ -120,6 +121,10 @@ class Encoder(nn.Module):
             x = block(x, attn_mask=mask)
         encoded: Tensor = self.norm(x)
         return encoded
+
+    def real(self, valid: Tensor | None) -> Tensor | None:
+        """Which of the tokens that come out, the prefix aside, are not padding: those that went in, (B, K)."""
+        return valid
 
     def layers(self, patches: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """(B, N, P) -> what each block gives, (B, num_prefix + N, D), before the final norm."""

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssl_c2f import cost
 from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.vit import EncoderOptions
 from ssl_c2f.objectives.latent import Latent, LatentOptions, latent_cost
 from ssl_c2f.objectives.mae import MAE, MAEOptions, mae_cost
@@ -22,8 +23,11 @@ Objective = MAE | SSAST | Latent | Supervised
 __all__ = ["AnyOptions", "Objective", "ObjectiveOptions", "StepResult", "build_objective", "objective_cost"]
 
 
-def build_objective(model: EncoderOptions, options: AnyOptions, geometry: Geometry, num_classes: int) -> Objective:
+def build_objective(model: AnyModel, options: AnyOptions, geometry: Geometry, num_classes: int) -> Objective:
     """The objective in a geometry, freshly initialised from torch's global generator."""
+    if isinstance(options, SupervisedOptions):
+        return Supervised(model, options, geometry, num_classes)
+    model = _vit(model)
     match options:
         case MAEOptions():
             return MAE(model, options, geometry)
@@ -31,14 +35,15 @@ def build_objective(model: EncoderOptions, options: AnyOptions, geometry: Geomet
             return SSAST(model, options, geometry)
         case LatentOptions():
             return Latent(model, options, geometry)
-        case SupervisedOptions():
-            return Supervised(model, options, geometry, num_classes)
 
 
 def objective_cost(
-    model: EncoderOptions, options: AnyOptions, geometry: Geometry, mask_ratio: float, num_classes: int
+    model: AnyModel, options: AnyOptions, geometry: Geometry, mask_ratio: float, num_classes: int
 ) -> list[cost.Part]:
     """Costs of one clip in one training step."""
+    if isinstance(options, SupervisedOptions):
+        return supervised_cost(model, options, geometry, num_classes)
+    model = _vit(model)
     match options:
         case MAEOptions():
             return mae_cost(model, options, geometry, mask_ratio)
@@ -46,5 +51,9 @@ def objective_cost(
             return ssast_cost(model, options, geometry, mask_ratio)
         case LatentOptions():
             return latent_cost(model, options, geometry, mask_ratio)
-        case SupervisedOptions():
-            return supervised_cost(model, options, geometry, num_classes)
+
+
+def _vit(model: AnyModel) -> EncoderOptions:
+    """The encoder that can leave tokens out, as masked objectives need it; `RunOptions` lets them have no other."""
+    assert isinstance(model, EncoderOptions)
+    return model

@@ -16,9 +16,9 @@ from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Shape
+from ssl_c2f.models.backbones import AnyModel, build_encoder, whole_cost
 from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
 from ssl_c2f.objectives.step import StepResult
 from ssl_c2f.options import Options
 
@@ -38,11 +38,11 @@ class Supervised(nn.Module):
 
     views, comparable_loss = 0, True
 
-    def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
+    def __init__(self, model: AnyModel, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
         super().__init__()
         self.options, self.geometry = options, geometry
-        self.encoder = Encoder(model, geometry)
-        self.head = Head(options.head, model.width, num_classes, model.class_tokens)
+        self.encoder = build_encoder(model, geometry)
+        self.head = Head(options.head, self.encoder.width, num_classes, self.encoder.num_prefix)
         self.frozen = options.head == "linear"
         self.encoder.requires_grad_(not self.frozen)
 
@@ -55,7 +55,7 @@ class Supervised(nn.Module):
         """(B, C)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        logits: Tensor = self.head(tokens, batch.valid)
+        logits: Tensor = self.head(tokens, self.encoder.real(batch.valid))
         return logits.float()
 
     def forward(self, batch: Batch) -> StepResult:
@@ -81,7 +81,7 @@ class Supervised(nn.Module):
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
         tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
+        return read_out(tokens, self.encoder.real(batch.valid), kind, self.encoder.num_prefix)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -90,9 +90,9 @@ class Supervised(nn.Module):
 
 
 def supervised_cost(
-    model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int
+    model: AnyModel, options: SupervisedOptions, geometry: Geometry, num_classes: int
 ) -> list[cost.Part]:
     """Costs of one clip in one step; a frozen encoder runs forward only."""
     frozen = options.head == "linear"
     head = cost.Part("head", cost.linear(1, model.width, num_classes), 2.0 if frozen else 3.0)
-    return [*encoder_cost(model, geometry, geometry.num_tokens, 1.0 if frozen else 3.0), head]
+    return [*whole_cost(model, geometry, 1.0 if frozen else 3.0), head]

@@ -1,0 +1,209 @@
+"""The HTS-AT encoder: time folded into an image, and timm's Swin blocks over ever fewer and wider tokens.
+
+Chen, Du, Zhu, Ma, Berg-Kirkpatrick, Dubnov, "HTS-AT: A Hierarchical Token-Semantic Audio Transformer for Sound
+Classification and Detection", ICASSP 2022 (arXiv 2202.00874), on Liu et al., "Swin Transformer", ICCV 2021. What it has
+beside that encoder (input batch norm, token-semantic head) is left to the input statistics and `heads.py`.
+
+Legend: B batch, (F', T') grid of N tokens, P values of a patch, (H, W) folded grid, D width of a stage, K final tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_c2f import cost
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.vit import initialise
+from ssl_c2f.options import Options
+
+
+class HTSATOptions(Options):
+    """The hierarchical encoder, of one width, depth and number of heads for each stage; published sizes by default."""
+
+    name: Literal["htsat"] = "htsat"
+    widths: tuple[int, ...] = Field((96, 192, 384, 768), min_length=1, max_length=6)
+    depths: tuple[int, ...] = Field((2, 2, 6, 2), min_length=1, max_length=6)
+    heads: tuple[int, ...] = Field((4, 8, 16, 32), min_length=1, max_length=6)
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch_f: int = Field(4, ge=1, description="mel bins")
+    patch_t: int = Field(4, ge=1, description="frames at time factor 1")
+    window: int = Field(8, ge=1, description="tokens on a side that attend to each other; less where the grid is less")
+    folds: int = Field(4, ge=1, le=64, description="bands that time is folded into, at most; a power of two")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="rate at the last block; it rises linearly with depth")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HTSATOptions:
+        if not len(self.widths) == len(self.depths) == len(self.heads):
+            raise ValueError("widths, depths and heads need one value for each stage")
+        for width, depth, heads in zip(self.widths, self.depths, self.heads, strict=True):
+            if min(width, depth, heads) < 1 or width % heads:
+                raise ValueError(f"width {width} is no multiple of heads {heads}, or depth {depth} is less than 1")
+        if self.folds & (self.folds - 1):
+            raise ValueError(f"folds {self.folds} is no power of two")
+        return self
+
+    @property
+    def width(self) -> int:
+        """Of the tokens that come out."""
+        return self.widths[-1]
+
+    @property
+    def depth(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    @property
+    def merge(self) -> int:
+        """Tokens on a side that become one from the first stage to the last."""
+        return int(2 ** (len(self.widths) - 1))
+
+
+def fold(cells: Tensor, geometry: Geometry) -> Tensor:
+    """(B, N, ...) -> (B, H, W, ...): consecutive stretches of W columns one above the other, zeros behind the last.
+
+    Cell (r, w) is the token of mel row r mod F' and column t = (r // F') W + w: mel bins from (r mod F') patch_f on and
+    frames from t patch_t on. Cutting patches first and folding then is the same as the published order, an image of
+    patch_f F' rows for each band that is cut afterwards.
+    """
+    g = geometry
+    width = g.folded[1]
+    batch, _, *rest = cells.shape
+    x = cells.reshape(batch, *g.grid, *rest)
+    x = torch.cat([x, x.new_zeros(batch, g.grid_f, g.folds * width - g.columns, *rest)], dim=2)
+    return x.reshape(batch, g.grid_f, g.folds, width, *rest).transpose(1, 2).flatten(1, 2)
+
+
+class HTSAT(nn.Module):
+    """Patch embedding, folding, stages of Swin blocks with tokens merged 2 x 2 between them, final norm.
+
+    **Padding.** What comes after a clip's end, and the columns that fill the last band up, are 0 after normalisation:
+    the mean of the training set. Windows attend to them: a short clip gets the logits of a recording that goes on at
+    the mean level, always up to the geometry's clip and whatever its batch mates. Final tokens that hold nothing but
+    padding are left out of the read-out (`real`).
+
+    **Bands.** Merging never crosses a band's edge. Windows do, where they are shifted or higher than a band: they hold
+    the same place of neighbouring bands, W columns apart, as published.
+    """
+
+    num_prefix = 0
+
+    def __init__(self, options: HTSATOptions, geometry: Geometry) -> None:
+        super().__init__()
+        self.options, self.geometry, self.width = options, geometry, options.width
+        self.patch_embed = nn.Linear(geometry.patch_dim, options.widths[0])
+        self.embed_norm = nn.LayerNorm(options.widths[0])
+        self.blocks = nn.ModuleList()
+        self.merges = nn.ModuleDict()  # by the number of the block that comes next
+        for stage, (width, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
+            if stage:
+                self.merges[str(len(self.blocks))] = PatchMerging(options.widths[stage - 1], width)
+            grid = grid_of(geometry, stage)
+            for i in range(depth):
+                rate = options.drop_path * len(self.blocks) / max(options.depth - 1, 1)
+                shift = options.window // 2 if i % 2 else 0
+                block = SwinTransformerBlock(
+                    width, grid, heads, window_size=options.window, shift_size=shift, mlp_ratio=options.mlp_ratio,
+                    drop_path=rate,
+                )
+                block.register_buffer("attn_mask", window_mask(grid, block.window_size, block.shift_size), False)
+                self.blocks.append(block)
+        self.norm = nn.LayerNorm(options.width)
+        self.apply(initialise)
+
+    def forward(self, patches: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, N, P) -> (B, K, D) of the last stage, row by row. `valid` is not used: see the class."""
+        x = self.embed_norm(self.patch_embed(fold(patches, self.geometry)))
+        for i, block in enumerate(self.blocks):
+            if str(i) in self.merges:
+                x = self.merges[str(i)](x)
+            x = block(x)
+        tokens: Tensor = self.norm(x).flatten(1, 2)
+        return tokens
+
+    def real(self, valid: Tensor | None) -> Tensor | None:
+        """(B, N) -> (B, K) bool: final tokens with something real in them. Where `valid` is None, no clip being short,
+        (1, K) if the last band ends in tokens of nothing but padding, else None."""
+        g = self.geometry
+        cells = torch.ones(1, g.num_tokens, device=self.norm.weight.device) if valid is None else valid.float()
+        found = F.max_pool2d(fold(cells, g)[:, None], g.merge).flatten(1) > 0
+        return None if valid is None and bool(found.all()) else found
+
+
+def grid_of(geometry: Geometry, stage: int) -> tuple[int, int]:
+    """(H, W) of a stage, the first being 0."""
+    height, width = geometry.folded
+    return height >> stage, width >> stage
+
+
+def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
+    """(windows, tokens of a window, the same) to add to attention's scores; None where all may attend to all.
+
+    A window that is shifted beyond an edge holds tokens of the opposite edge, which must not mix with those of this
+    one. timm's own mask is the same where windows divide the grid; elsewhere it mixes opposite edges and lets tokens
+    attend to the zeros that fill windows up.
+    """
+    parts = []
+    for side, size, step in zip(grid, window, shift, strict=True):
+        there = (torch.arange(side) + step) % side < step  # after rolling: what comes from the opposite edge
+        parts.append(F.pad(there.long(), (0, -side % size), value=2).view(-1, size))
+    rows, columns = parts
+    kinds = (3 * rows[:, None, :, None] + columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)
+    if not kinds.any():
+        return None
+    return torch.where(kinds[:, :, None] == kinds[:, None], 0.0, -100.0)
+
+
+def window_of(table_length: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The window, clipped to the grid, whose relative position biases are so many.
+
+    Raises:
+        ValueError: none has.
+    """
+    for size in range(1, max(grid) + 1):
+        height, width = (min(size, side) for side in grid)
+        if (2 * height - 1) * (2 * width - 1) == table_length:
+            return height, width
+    raise ValueError(f"{table_length} relative positions fit no window in a grid of {grid[0]}x{grid[1]}")
+
+
+def htsat_cost(options: HTSATOptions, geometry: Geometry, passes: float = 3.0) -> list[cost.Part]:
+    """The encoder over the folded grid, padding included; no gradient flows into the spectrogram."""
+    height, width = geometry.folded
+    embedding = cost.linear(height * width, geometry.patch_dim, options.widths[0])
+    flops = 0.0
+    for stage, (dim, depth) in enumerate(zip(options.widths, options.depths, strict=True)):
+        grid = grid_of(geometry, stage)
+        tokens, (windowed, area) = grid[0] * grid[1], _windows(grid, options.window)
+        if stage:
+            flops += cost.linear(tokens, 4 * options.widths[stage - 1], dim)
+        attention = cost.linear(windowed, dim, 4 * dim) + 2 * cost.linear(windowed, dim, area)
+        flops += depth * (attention + 2 * cost.linear(tokens, dim, int(dim * options.mlp_ratio)))
+    return [
+        cost.Part("patch embedding", embedding, min(passes, 2.0)),
+        cost.Part("encoder", flops, passes, geometry.num_tokens),
+    ]
+
+
+def htsat_bytes(options: HTSATOptions, geometry: Geometry) -> float:
+    """Activations that the blocks keep of one clip: each stage's tokens, and the attention scores, which timm keeps
+    twice (before and after the softmax) because these windows have no fused attention by default."""
+    total = 0.0
+    for stage, (dim, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
+        grid = grid_of(geometry, stage)
+        windowed, area = _windows(grid, options.window)
+        total += cost.transformer_bytes(grid[0] * grid[1], dim, depth, options.mlp_ratio)
+        total += 4.0 * 2 * depth * heads * windowed * area
+    return total
+
+
+def _windows(grid: tuple[int, int], window: int) -> tuple[int, int]:
+    """Tokens in all windows, those that timm pads with included, and tokens of one."""
+    sides = [min(window, side) for side in grid]
+    padded = [-(-side // part) * part for side, part in zip(grid, sides, strict=True)]
+    return padded[0] * padded[1], sides[0] * sides[1]
