@@ -30,6 +30,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "model": {"width": 96, "depth": 4, "heads": 4, "class_tokens": 2},
         "objective": {"name": "supervised", "head": "ast", "label_smoothing": 0.1},
     },
+    "htsat": {
+        "audio": {"clip_seconds": 5.0, "num_mels": 64, "f_min": 50.0},
+        "model": {"name": "htsat", "widths": [24, 48, 96, 192], "depths": [1, 1, 2, 2], "heads": [1, 2, 4, 8]},
+        "objective": {"name": "supervised", "label_smoothing": 0.1},
+    },
 }
 
 
