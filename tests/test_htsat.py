@@ -149,8 +149,22 @@ def test_attention_stays_in_its_window(grid: tuple[int, int], step: int) -> None
         assert seen.tolist() == wanted
 
 
+def test_nothing_attends_to_what_fills_windows_up() -> None:
+    mask = window_mask((8, 14), (8, 8), (0, 0))  # two windows; the last two columns of the second are no tokens
+    assert mask is not None and mask.shape == (2, 64, 64) and not mask[0].any()
+    filling = torch.arange(64) % 8 >= 6
+    assert torch.equal(mask[1] == 0, filling[:, None] == filling)
+    assert window_mask((8, 16), (8, 8), (0, 0)) is None
+    g, masks = geometry_of(seconds=1.7), []
+    for i, block in enumerate(HTSAT(SMALL, g).blocks):
+        masks.append(window_mask(grid_of(g, (0, 0, 1, 2, 3, 3)[i]), block.window_size, block.shift_size))
+        assert (masks[-1] is None) == (block.attn_mask is None)
+        assert masks[-1] is None or torch.equal(masks[-1], block.attn_mask)
+    assert [mask is None for mask in masks] == [True, False, True, False, True, True]
+
+
 def test_a_clips_logits_depend_on_no_other_clip() -> None:
-    g = replace(make_geometry(AudioOptions(num_mels=16, clip_seconds=0.5), "frame_shift", (4, 4), 2, fold=(4, 4)))
+    g = make_geometry(AudioOptions(num_mels=16, clip_seconds=0.5), "frame_shift", (4, 4), fold=(4, 4))
     model = HTSATOptions(widths=(8, 16, 32), depths=(1, 2, 1), heads=(1, 2, 2), window=4)
     torch.manual_seed(0)
     objective = build_objective(model, SupervisedOptions(), g, 4).eval()
@@ -159,6 +173,13 @@ def test_a_clips_logits_depend_on_no_other_clip() -> None:
     for i in range(3):
         alone = objective.logits(batch_of(some(items, slice(i, i + 1)), None, g))  # type: ignore[union-attr, operator]
         torch.testing.assert_close(alone, together[i : i + 1])
+    batch = batch_of(items, None, g)
+    tokens, real = objective.encoder(patchify(batch.spec, g), valid=batch.valid), objective.encoder.real(batch.valid)
+    assert real is not None and real.sum(1).tolist() == [3, 1, 2]
+    for i in range(3):  # the head and the features take the mean of what is real
+        torch.testing.assert_close(objective.embed(batch)[i], tokens[i, real[i]].mean(0))
+        logits = objective.head.classifier(objective.head.norm(tokens[i, real[i]].mean(0)))  # type: ignore[union-attr]
+        torch.testing.assert_close(logits, together[i])
     louder = replace(items, audio=items.audio.clone())
     louder.audio[1, 700:], louder.audio[2, 4100:] = 9.0, -9.0  # what is behind a clip's end has no say
     assert torch.equal(objective.logits(batch_of(louder, None, g)), together)  # type: ignore[union-attr, operator]
