@@ -130,9 +130,10 @@ class HTSAT(nn.Module):
         """(B, N) -> (B, K) bool: final tokens with something real in them. Where `valid` is None, no clip being short,
         (1, K) if the last band ends in tokens of nothing but padding, else None."""
         g = self.geometry
+        if valid is None and g.folds * g.folded[1] - g.columns < g.merge:
+            return None
         cells = torch.ones(1, g.num_tokens, device=self.norm.weight.device) if valid is None else valid.float()
-        found = F.max_pool2d(fold(cells, g)[:, None], g.merge).flatten(1) > 0
-        return None if valid is None and bool(found.all()) else found
+        return F.max_pool2d(fold(cells, g)[:, None], g.merge).flatten(1) > 0
 
 
 def grid_of(geometry: Geometry, stage: int) -> tuple[int, int]:
