@@ -66,7 +66,10 @@ def straight(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("cache", ["0", "4"])
-@pytest.mark.parametrize("compression", ["frame_shift", "pool_mean", "pool_max", "patch"])
+@pytest.mark.parametrize(
+    "compression",
+    ["frame_shift", "patch", *(pytest.param(f"pool_{kind}", marks=pytest.mark.slow) for kind in ("mean", "max"))],
+)
 def test_interrupted_equals_straight(compression: str, cache: str, sounds: Path, tmp_path: Path) -> None:
     o = run_options(sounds, f"compression={compression}", f"data.cache_gb={cache}")
     whole, parts = go(o, tmp_path / "whole"), tmp_path / "parts"
