@@ -28,7 +28,11 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-aws-secret", "HTTPS_PROXY": "http://user:planted-proxy@127.0.0.1:9",
     "GITHUB_TOKEN": "planted-github-token",
 }
-TUNE = ("phases=[{name: tune, steps: 2, batch_size: 8}]", "folds=[1,2]", "train.log_every=1", "tracking.wandb=online")
+PATIENCE = 60.0  # seconds: a busy machine is no broken server
+TUNE = (
+    "phases=[{name: tune, steps: 2, batch_size: 8}]", "folds=[1,2]", "train.log_every=1", "tracking.wandb=online",
+    f"tracking.timeout_seconds={PATIENCE}",
+)
 
 
 @pytest.fixture
@@ -47,7 +51,8 @@ class Shell:
         self.data = f"data.root={sounds}"
         config = tiny.DEFAULTS | {
             "phases": [phase | {"steps": STEPS} for phase in tiny.DEFAULTS["phases"]],
-            "evaluation": {"every": 1, "max_clips": 6, "mask_draws": 1}, "tracking": {"wandb": "online"},
+            "evaluation": {"every": 1, "max_clips": 6, "mask_draws": 1},
+            "tracking": {"wandb": "online", "timeout_seconds": PATIENCE},
             "train": tiny.DEFAULTS["train"] | {"checkpoint_every": 100},
         }
         folder.mkdir(exist_ok=True)
@@ -82,8 +87,11 @@ class Shell:
         return [(number, record["step"]) for number, record in records if record["phase"] == phase]
 
     def sync(self) -> None:
-        folders = [str(path) for path in self.run.rglob("offline-run-*")]
-        self.do("sync", *folders, module="wandb")
+        """As often as it takes: on a busy machine W&B's own service may start too slowly for it, which is no error."""
+        for _ in range(3):
+            left = [path for path in self.run.rglob("offline-run-*") if not list(path.glob("*.synced"))]
+            if left:
+                self.do("sync", *map(str, left), module="wandb")
 
 
 @pytest.fixture
@@ -205,10 +213,10 @@ def test_a_server_in_trouble_does_no_harm(shell: Shell, server: WandbStub, troub
     shell.do(*shell.pretrain("tracking.wandb=off", f"run_dir={shell.folder}/other"))
     undisturbed = time.monotonic() - began
     began = time.monotonic()
-    log = shell.do(*shell.pretrain())
+    log = shell.do(*shell.pretrain("tracking.timeout_seconds=5"))
     assert time.monotonic() - began < undisturbed + 30, "each of three phases would wait for many answers"
     assert log.count("wandb sync") == 1 and "Traceback" not in log
-    shell.do("finetune", "--ckpt", str(shell.run), shell.data, *TUNE)
+    shell.do("finetune", "--ckpt", str(shell.run), shell.data, *TUNE, "tracking.timeout_seconds=5")
     assert [step for _, step in shell.lines("fine")][-1] == 3 * STEPS
     assert "tracked offline; upload it first: wandb sync" in shell.do("report", str(shell.run), "--wandb", status=2)
 
