@@ -46,8 +46,9 @@ class Shell:
 
     def __init__(self, server: WandbStub, folder: Path, sounds: Path) -> None:
         self.server, self.folder, self.run = server, folder, folder / "runs/mine"
-        self.environment = {**os.environ, **SECRETS, **server.environment(folder / "home"), "NO_PROXY": "127.0.0.1"}
-        self.environment.pop("WANDB_MODE", None)
+        # Without WANDB_SERVICE: W&B leaves the address of this process's own service there, for its children to use.
+        mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        self.environment = {**mine, **SECRETS, **server.environment(folder / "home"), "NO_PROXY": "127.0.0.1"}
         self.data = f"data.root={sounds}"
         config = tiny.DEFAULTS | {
             "phases": [phase | {"steps": STEPS} for phase in tiny.DEFAULTS["phases"]],
