@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ssl_c2f import cost
 from ssl_c2f.geometry import Geometry
+from ssl_c2f.models.decoder import fill_gaps
 from ssl_c2f.models.vit import initialise, position_table
 
 _KERNEL = 3
@@ -44,8 +45,7 @@ class ConvDecoder(nn.Module):
             valid: (B, N) bool, False where a token is padding; None if none is.
         """
         x = self.embed(tokens)
-        gaps = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
-        x = gaps.scatter(1, kept[..., None].expand_as(x), x) + self.positions.to(x.dtype)
+        x = fill_gaps(x, kept, self.mask_token, self.positions)
         x = x.mT.reshape(len(x), self.width, *self.grid)
         real = None if valid is None else valid.view(-1, 1, *self.grid)
         for conv in self.convs:

@@ -13,6 +13,12 @@ from ssl_c2f.geometry import Geometry
 from ssl_c2f.models.vit import EncoderOptions, attention_mask, blocks, initialise, position_table
 
 
+def fill_gaps(tokens: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
+    """(B, K, E) tokens that stand at `kept` (B, K) -> (B, N, E): mask tokens between them, positions (N, E) added."""
+    gaps = mask_token.to(tokens.dtype).expand(len(tokens), len(positions), -1)
+    return gaps.scatter(1, kept[..., None].expand_as(tokens), tokens) + positions.to(tokens.dtype)
+
+
 class Decoder(nn.Module):
     """Mask tokens fill the gaps, positions say where, blocks mix, a linear head gives the values of each patch."""
 
@@ -38,8 +44,7 @@ class Decoder(nn.Module):
         """
         x = self.embed(tokens)
         cls, x = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        gaps = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
-        x = gaps.scatter(1, kept[..., None].expand_as(x), x) + self.positions.to(x.dtype)
+        x = fill_gaps(x, kept, self.mask_token, self.positions)
         x, mask = torch.cat([cls, x], dim=1), attention_mask(valid, self.num_prefix)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
