@@ -21,9 +21,9 @@ from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Shape, num_masked
 from ssl_c2f.models.conv_decoder import ConvDecoder, conv_decoder_cost
 from ssl_c2f.models.heads import Readout, read_out
-from ssl_c2f.models.patches import patchify, unpatchify
+from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
-from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.objectives.step import StepResult, features_of, pictures_of
 from ssl_c2f.options import Options
 
 
@@ -141,15 +141,12 @@ class Latent(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std), by the encoder that was trained."""
-        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
+        return features_of(self.encoder, batch, kind)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input, and what of it the first view keeps (NaN elsewhere). Nothing is drawn."""
-        patches = patchify(batch.spec, batch.geometry)
-        views = {"input": patches, "kept": patches.masked_fill(batch.masks[0].masked[..., None], torch.nan)}
-        return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
+        return pictures_of(batch, batch.masks[0].masked)
 
 
 def spread_of(features: Tensor) -> Tensor:

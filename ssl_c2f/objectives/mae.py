@@ -17,10 +17,10 @@ from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Shape, num_masked
 from ssl_c2f.models.decoder import Decoder, decoder_cost
-from ssl_c2f.models.heads import Readout, read_out
-from ssl_c2f.models.patches import patchify, real_values, unpatchify
+from ssl_c2f.models.heads import Readout
+from ssl_c2f.models.patches import patchify, real_values
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
-from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.objectives.step import StepResult, features_of, pictures_of
 from ssl_c2f.options import Options
 
 
@@ -75,21 +75,14 @@ class MAE(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
+        return features_of(self.encoder, batch, kind)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input, what of it was kept (NaN elsewhere), and the reconstruction."""
         predictions, targets = self.predict(batch)
-        masked = batch.masks[0].masked[..., None]
-        patches = patchify(batch.spec, batch.geometry)
-        views = {
-            "input": patches,
-            "kept": patches.masked_fill(masked, torch.nan),
-            "reconstruction": torch.where(masked, predictions.float(), targets),
-        }
-        return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
+        masked = batch.masks[0].masked
+        return pictures_of(batch, masked, torch.where(masked[..., None], predictions.float(), targets))
 
 
 def mae_cost(model: EncoderOptions, options: MAEOptions, geometry: Geometry, mask_ratio: float) -> list[cost.Part]:

@@ -18,10 +18,10 @@ from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Mask, Shape, num_masked
-from ssl_c2f.models.heads import Readout, read_out
-from ssl_c2f.models.patches import patchify, real_values, unpatchify
+from ssl_c2f.models.heads import Readout
+from ssl_c2f.models.patches import patchify, real_values
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
-from ssl_c2f.objectives.step import StepResult
+from ssl_c2f.objectives.step import StepResult, features_of, pictures_of
 from ssl_c2f.options import Options
 
 Softmax = Literal["targets", "predictions"]
@@ -129,21 +129,14 @@ class SSAST(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return read_out(tokens, batch.valid, kind, self.encoder.num_prefix)
+        return features_of(self.encoder, batch, kind)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input, what of it was not hidden (NaN elsewhere), and the reconstruction."""
         patches, mask = patchify(batch.spec, batch.geometry), batch.masks[-1]
-        masked = mask.masked[..., None]
         drawn = self.draw_head(self.encode(patches, mask, batch)).float()
-        views = {
-            "input": patches,
-            "kept": patches.masked_fill(masked, torch.nan),
-            "reconstruction": torch.where(masked, drawn, patches),
-        }
-        return {name: unpatchify(view, batch.geometry) for name, view in views.items()}
+        return pictures_of(batch, mask.masked, torch.where(mask.masked[..., None], drawn, patches))
 
 
 def masked_tokens(mask: Mask) -> tuple[Tensor, Tensor]:
