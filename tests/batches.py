@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,22 @@ def some(items: Items, which: slice) -> Items:
 def batch_of(items: Items, masking: Masking | None = MASKING, geometry: Geometry = GEOMETRY) -> Batch:
     batch: Batch = FrontEnd(geometry, Statistics(0.0, 4.0))(items, masking)
     return batch
+
+
+def each_alone(items: Items, masking: Masking | None = MASKING) -> Iterator[Batch]:
+    """Each clip in a batch of its own, with something loud behind its end."""
+    for i, end in enumerate(items.num_samples.tolist()):
+        one = some(items, slice(i, i + 1))
+        one.audio[:, end:] = 100.0
+        yield batch_of(one, masking)
+
+
+def with_other_padding(batch: Batch) -> Batch:
+    """The same with other values in every frame that belongs to no patch with something real in it."""
+    frames = torch.arange(batch.spec.shape[1])
+    padding = (frames >= batch.num_frames[:, None] + batch.geometry.patch_t)[..., None]
+    assert padding.any()
+    return replace(batch, spec=batch.spec.masked_fill(padding, 50.0))
 
 
 def gradients(model: torch.nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from batches import AUDIO, FULL, GEOMETRY, MASKING, MODEL, batch_of, gradients, lengths, patchify_back, some, sounds
+from batches import (
+    AUDIO,
+    FULL,
+    GEOMETRY,
+    MASKING,
+    MODEL,
+    batch_of,
+    each_alone,
+    gradients,
+    lengths,
+    patchify_back,
+    sounds,
+    with_other_padding,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -155,19 +168,13 @@ def test_the_student_does_not_see_what_is_masked() -> None:
 @given(num_samples=lengths)
 def test_a_clips_loss_depends_neither_on_padding_nor_on_its_batch(num_samples: list[int]) -> None:
     model, items = latent(), sounds([*num_samples, int(FULL)])
-    batch, alone = batch_of(items, VIEWS), []
-    for i, end in enumerate(items.num_samples.tolist()):
-        one = some(items, slice(i, i + 1))
-        one.audio[:, end:] = 100.0
-        alone.append(model(batch_of(one, VIEWS)).loss)
-    torch.testing.assert_close(model(batch).loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-4)
+    alone = [model(batch).loss for batch in each_alone(items, VIEWS)]
+    torch.testing.assert_close(model(batch_of(items, VIEWS)).loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_values_in_padding_change_nothing() -> None:
     model, batch = latent(), seen([8000, 3000, 900])
-    frames = torch.arange(batch.spec.shape[1])
-    padding = (frames >= batch.num_frames[:, None] + GEOMETRY.patch_t)[..., None]
-    changed = replace(batch, spec=batch.spec.masked_fill(padding, 50.0))
+    changed = with_other_padding(batch)
     torch.testing.assert_close(model(changed).loss, model(batch).loss)
     torch.testing.assert_close(gradients(model, changed), gradients(model, batch))
 

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from batches import AUDIO, FULL, GEOMETRY, MASKING, MODEL, batch_of, gradients, lengths, patchify_back, some, sounds
+from batches import (
+    AUDIO,
+    FULL,
+    GEOMETRY,
+    MASKING,
+    MODEL,
+    batch_of,
+    each_alone,
+    gradients,
+    lengths,
+    patchify_back,
+    sounds,
+    with_other_padding,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -158,21 +171,14 @@ def test_the_losses_share_a_pass_or_have_their_own_masks(passes: str) -> None:
 def test_a_clips_loss_depends_neither_on_padding_nor_on_its_batch(passes: str, num_samples: list[int]) -> None:
     model, items = ssast(passes=passes), sounds([*num_samples, int(FULL)])
     masking = TWO if passes == "two" else MASKING
-    batch = batch_of(items, masking)
-    alone = []
-    for i, end in enumerate(items.num_samples.tolist()):
-        one = some(items, slice(i, i + 1))
-        one.audio[:, end:] = 100.0
-        alone.append(model(batch_of(one, masking)).loss)
-    torch.testing.assert_close(model(batch).loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-4)
+    alone = [model(batch).loss for batch in each_alone(items, masking)]
+    torch.testing.assert_close(model(batch_of(items, masking)).loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_values_in_padding_change_nothing() -> None:
     model = ssast()
     batch = masked([8000, 3000, 900], model)
-    frames = torch.arange(batch.spec.shape[1])
-    padding = (frames >= batch.num_frames[:, None] + GEOMETRY.patch_t)[..., None]
-    changed = replace(batch, spec=batch.spec.masked_fill(padding, 50.0))
+    changed = with_other_padding(batch)
     torch.testing.assert_close(model(changed).loss, model(batch).loss)
     torch.testing.assert_close(gradients(model, changed), gradients(model, batch))
 
