@@ -78,6 +78,8 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune", group=group)
         if held_out and report:
             scored[fold] = _score(part, path, corpus)
+    if report and not scored:
+        print("no score: no recording was held out (they have no folds); data.val_fraction=0.2 holds a share out")
     if scored:
         _report(folder, everything, scored, weights, options)
     return folder

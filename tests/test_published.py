@@ -162,6 +162,23 @@ def test_any_renamed_or_missing_tensor_fails(name: str, tmp_path: Path) -> None:
                 kind(rest)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_what_a_training_loop_keeps_beside_the_model_is_left_out(name: str) -> None:
+    """As in the files of the fixtures themselves, and in those of training frameworks."""
+    state = TINY[name]()
+    wrapped = {f"model.{key}": value for key, value in state.items()}
+    wrapped |= {"epoch": torch.zeros(()), "loss": torch.ones(2)}
+    facts = published.Facts(num_mels=foreign.MELS)
+    plain, found = (published.convert(each, facts) for each in (state, wrapped))
+    assert found.kind is plain.kind and found.dropped.keys() == plain.dropped.keys() | {"epoch", "loss"}
+    assert found.state.keys() == plain.state.keys()
+    assert all(torch.equal(value, plain.state[key]) for key, value in found.state.items())
+    first = next(iter(state))
+    wrapped[f"other.{first}"] = wrapped.pop(f"model.{first}")
+    with pytest.raises(UserError):
+        published.convert(wrapped, facts)
+
+
 def test_a_renamed_tensor_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for old, new in (("attn.qkv.bias", "attn.qkw.bias"), ("mlp_head.1.bias", "mlp_head.2.bias")):
         state = foreign.ast()

@@ -145,11 +145,12 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
     Raises:
         UserError: no known kind, or a name that its kind does not have.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state, beside = _unwrapped(state)
     kind = recognise(state)
     if "p_input_fdim" in state:
         facts = replace(facts, num_mels=int(state["p_input_fdim"]))
     encoder, result, dropped = _sorted(kind, state)
+    dropped |= beside
     how: dict[str, str] = {}
     _merge_qkv(encoder, how)
     if "fc_norm.weight" in encoder or "norm.weight" not in encoder:
@@ -172,6 +173,13 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
         kind, facts.num_mels, {name: tensor.float().contiguous() for name, tensor in result.items()}, how, dropped,
         facts.heads or max(width // 64, 1), patch, stride, grid, note,
     )
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict, and what lies beside it where a training loop kept it under `model.` (`module.` is DDP's)."""
+    inside = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    beside = {name: tensor for name, tensor in state.items() if inside and not name.startswith("model.")}
+    return {name.removeprefix("module."): tensor for name, tensor in (inside or state).items()}, beside
 
 
 def _sorted(kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
