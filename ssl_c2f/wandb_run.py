@@ -1,12 +1,14 @@
 """One W&B run that can do no harm: online where its server answers soon, else offline, and never a delay of more than a
 few seconds.
 
-What it is given is on the disk elsewhere (metrics.jsonl, pictures, checkpoints). So whenever the server is lost, all of
-it is written once more, whole, as an offline run under the same id, which `wandb sync` uploads.
+What it is given is on the disk elsewhere (metrics.jsonl, pictures, checkpoints). So whenever the server or W&B's
+own process is lost, all of it is written once more, whole, as an offline run under the same id, which `wandb sync`
+uploads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 AXES = ("samples", "tokens", "flops", "train_seconds")  # what metrics are drawn against: the first unless one chooses
 FACTS = "wandb.json"  # beside the id: where the run is
+_SILENT = "its server did not answer"
 _AGAIN = 600.0  # seconds after which a server that did not answer is asked again
 _failed: list[float] = []  # when one did not, in this process
 
@@ -117,27 +120,30 @@ class WandbRun:
             self._tell(error)
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the run; if the server does not take all of it in time, leave a whole copy for `wandb sync`."""
+        """End the run; where not all of it was taken in time, leave a whole copy for `wandb sync`."""
         run, self.run = self.run, None
         if run is None:
             return
-        try:
-            if not self._lost:
+        lost = _SILENT if self._lost else ""
+        if not lost:
+            try:
                 run.finish(exit_code=exit_code)
-        except TimeoutError:
-            self._lost = True
-        except Exception as error:
-            self._tell(error)
-        if self._lost:
-            self._leave_copy(exit_code)
+            except TimeoutError:
+                lost = _SILENT
+            except Exception as error:  # its own process died, perhaps of the signal that ends this one
+                lost = _reason(error)
+        if lost == _SILENT:
+            _failed.append(time.monotonic())
+        if lost:
+            self._leave_copy(lost, exit_code)
 
-    def _leave_copy(self, exit_code: int) -> None:
+    def _leave_copy(self, reason: str, exit_code: int) -> None:
         import wandb
 
-        _failed.append(time.monotonic())
-        self._note_offline("its server did not answer")
-        try:
+        self._note_offline(reason)
+        with contextlib.suppress(Exception):  # what is gone cannot be told to go
             wandb.teardown(exit_code)
+        try:
             run = _init(self.options, self.identity, "offline")
             for call in (self.replay, *self._done):
                 call(run)

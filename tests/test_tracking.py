@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from wandb_files import sent
 from wandb_stub import KEY, WandbStub
 
 from ssl_c2f import wandb_run
@@ -48,32 +50,6 @@ def track(
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def sent(folder: Path) -> list[dict[str, Any]]:
-    """The records in the W&B files of `folder`.
-
-    Such a file is a LevelDB log of protobuf records: 7 bytes of its own, then blocks of 32 KiB holding fragments, each
-    behind a checksum (4 bytes), a length (2) and a kind (1 whole, 2 first, 3 middle, 4 last).
-    """
-    import wandb
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    wandb.teardown()  # finish() returns a moment before its file is written
-    found = []
-    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        raw, at, data = file.read_bytes(), 7, b""
-        while at + 7 <= len(raw):
-            if 32768 - at % 32768 < 7:  # a header does not fit into the rest of the block
-                at += 32768 - at % 32768
-            length, kind = struct.unpack_from("<4xHB", raw, at)
-            data, at = data + raw[at + 7 : at + 7 + length], at + 7 + length
-            if kind in (1, 4):
-                history, data = Record.FromString(data).history.item, b""
-                if history:
-                    named = [(".".join(item.nested_key) or item.key, item.value_json) for item in history]
-                    found.append({name: json.loads(value) for name, value in named})
-    return found
 
 
 @given(
@@ -143,6 +119,28 @@ def test_a_resumed_offline_run_is_one_whole_file_under_the_same_id(tmp_path: Pat
     assert ids[0] == ids[1]
     assert [(record["step"], record["_step"]) for record in found] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
     assert [str(record["loss"]) for record in found] == ["1", "nan", "1", "1", "1"]
+
+
+@pytest.mark.slow
+def test_a_lost_process_of_wandb_leaves_a_whole_copy(tmp_path: Path) -> None:
+    """It dies of the signal by which a scheduler ends a job, or is killed for want of memory."""
+    script = f"""
+import os, subprocess
+from pathlib import Path
+from test_tracking import track
+tracker = track(Path({str(tmp_path)!r}), "offline", resume_step=0)
+for step in range(1, 6):
+    if step == 4:
+        subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
+    tracker.log({{"phase": "coarse", "step": step}})
+tracker.finish()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "wandb sync" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    assert [record["step"] for record in sent(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
