@@ -82,10 +82,10 @@ class Shell:
         return ("pretrain", "tiny.yaml", self.data, "data.val_folds=[5]", f"run_dir={self.run}", *more)
 
     def lines(self, phase: str) -> list[tuple[int, int]]:
-        """(number of the line, step) of a phase's records in metrics.jsonl."""
+        """(number of the row, step) of a phase's records in metrics.jsonl."""
         whole = (self.run / "metrics.jsonl").read_text().rpartition("\n")[0]
-        records = enumerate(map(json.loads, whole.splitlines()))
-        return [(number, record["step"]) for number, record in records if record["phase"] == phase]
+        records = [record for record in map(json.loads, whole.splitlines()) if record["phase"] == phase]
+        return [(2 * record["step"] + ("val/loss" in record), record["step"]) for record in records]
 
     def sync(self) -> None:
         """As often as it takes: on a busy machine W&B's own service may start too slowly for it, which is no error."""

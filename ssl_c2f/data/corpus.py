@@ -88,10 +88,15 @@ class Corpus:
             source = Source(self.manifest, geometry)
             plain = FrontEnd(geometry, Statistics(0.0, 1.0))
             self._sources[digest] = fill_cache(
-                source, range(len(self.manifest.clips)), plain.log_mel, self.options.cache_gb, self.progress
+                source, range(len(self.manifest.clips)), plain.log_mel, self._free(), self.progress
             )
         cached = self._sources[digest]
         return Source(self.manifest, geometry, cached.cache, cached.damaged)
+
+    def _free(self) -> float:
+        """GB that are left for caching."""
+        specs = (spec for source in self._sources.values() for spec in source.cache.values())
+        return self.options.cache_gb - sum(4 * spec.numel() for spec in specs) / 1e9
 
     def forget(self) -> None:
         """Drop the cached spectrograms."""
