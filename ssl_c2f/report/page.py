@@ -56,7 +56,7 @@ def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
         s.section("probes", "Frozen features", _each(runs, s.probe_tables)),
         s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
         s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
-                  "The same clips at the end of every phase: input, what was kept of it, the reconstruction if any."),
+                  "The same clips at the end of every phase: input, and where it is masked what was kept of it."),
         s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(drawn["matrices"])),
         s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
         s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
@@ -82,19 +82,22 @@ def _each(runs: Sequence[RunData], part: Callable[[RunData], str], fold: bool = 
 CURVES = (
     ("validation", "Validation loss", "Held-out clips at full resolution in every phase: compare runs by this."),
     ("probe", "Probe score", "Nearest neighbours on frozen features of held-out clips, at full resolution."),
+    ("classifier", "Validation score",
+     "The classifier on held-out clips at full resolution: accuracy, or mAP where clips may have several labels."),
     ("loss", "Training loss", "Each phase at its own resolution, so a step at a boundary is no setback."),
     ("lr", "Learning rate", ""),
     ("spread", "Spread of features", "std_of_l2_normalized of a teacher's clip features: towards 0 they collapse."),
     ("tokens", "Tokens per step", "What the encoder learns from: tokens of all views times clips."),
     ("mask", "Mask ratio", ""),
 )
+SHARES = ("probe", "classifier")
 STEPPED = ("tokens", "mask")  # constant between two records
 
 
 def _columns(run: RunData) -> dict[str, Column]:
     log = run.log
-    named = {"validation": run.validation_loss, "probe": run.probe, "loss": "loss", "lr": "lr", "mask": "mask_ratio",
-             "spread": "std_of_l2_normalized"}
+    named = {"validation": run.validation_loss, "probe": run.probe, "classifier": run.classifier, "loss": "loss",
+             "lr": "lr", "mask": "mask_ratio", "spread": "std_of_l2_normalized"}
     columns = {figure: log.column(name) for figure, name in named.items() if name}
     return columns | {"tokens": tokens_per_step(log)} if log.records else {}
 
@@ -107,7 +110,7 @@ def figures(runs: Sequence[RunData]) -> dict[str, Any]:
         bands = [{"name": p.name} | {axis: run.end(p.name, axis) for axis in AXES} for p in run.phases]
         bands = [band for band in bands if all(band[axis] is not None for axis in AXES)]
         curves.append({"name": run.name, "curves": found, "bands": bands})
-    kinds = {name: {"percent": name == "probe", "stepped": name in STEPPED} for name, _, _ in CURVES}
+    kinds = {name: {"percent": name in SHARES, "stepped": name in STEPPED} for name, _, _ in CURVES}
     return {"runs": curves, "figures": kinds, "matrices": _matrices(runs)}
 
 

@@ -82,9 +82,19 @@ class RunData:
 
     @property
     def probe(self) -> str | None:
-        """The metric of validation that is a score, if there is one."""
-        scores = ("val/knn_accuracy", "val/knn_map", "val/accuracy", "val/map")
-        return next((name for name in scores if name in self.log.names), None)
+        """The metric of validation that is a probe's score, if there is one."""
+        return next((name for name in ("val/knn_accuracy", "val/knn_map") if name in self.log.names), None)
+
+    @property
+    def classifier(self) -> str | None:
+        """The metric of validation that is a trained classifier's score, if there is one."""
+        return next((name for name in ("val/accuracy", "val/map") if name in self.log.names), None)
+
+    @property
+    def last_score(self) -> float | None:
+        """The last phase's last score of validation: the probe's, or the classifier's."""
+        name = self.probe or self.classifier
+        return self.log.last(self.phases[-1].name, name) if name and self.phases else None
 
     @property
     def validation_loss(self) -> str | None:

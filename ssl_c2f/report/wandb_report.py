@@ -117,7 +117,8 @@ def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
         views = [v for v in _VIEWS if any(v in c.pictures for r in runs for p in r.data.phases for c in p.clips)]
         keys = [f"pictures/{view}" for view in views]
         panel = wr.MediaBrowser(media_keys=keys, num_columns=3, layout=_wide(wr, 0, 16))
-        blocks += [wr.H2("Input, mask and reconstruction"), wr.PanelGrid(
+        title = "Input, mask and reconstruction" if len(views) > 1 else "Input"
+        blocks += [wr.H2(title), wr.PanelGrid(
             runsets=[_runset(wr, run, run.phases.values(), entity) for run in runs], panels=[panel])]
     if any(run.data.scores or run.data.probes for run in runs):
         blocks += [wr.H2("Fine-tuning and probes"), wr.MarkdownBlock(_results(runs)), *_result_panels(wr, runs, entity)]
@@ -172,19 +173,18 @@ def _result_panels(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
 
 
 def _overview(runs: Sequence[Tracked]) -> str:
-    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss", "probe",
-               "W&B runs")
+    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss",
+               "validation score", "W&B runs")
     rows = []
     for run in runs:
         data = run.data
         last = data.phases[-1].name
         loss = data.log.last(last, data.validation_loss) if data.validation_loss else None
-        probe = data.log.last(last, data.probe) if data.probe else None
         links = ", ".join(f"[{name}]({facts['url']})" if facts["url"] else name for name, facts in run.phases.items())
         rows.append((
             data.name, data.status, " → ".join(phase.name for phase in data.phases),
             sections.flops(data.total("flops")), sections.percent(data.plan.get("share_of_single_phase")),
-            sections.seconds(data.total("train_seconds")), loss, sections.percent(probe), links,
+            sections.seconds(data.total("train_seconds")), loss, sections.percent(data.last_score), links,
         ))
     return table(columns, rows)
 
