@@ -1,7 +1,7 @@
 """A W&B report about runs: what was run, curves with their phases, costs, pictures, fine-tuning, and the commands.
 
-It shows W&B runs of its server; tables come from the run folders. Its id is kept in the first run's folder
-(wandb_report.json), so that another time the same report is brought up to date.
+It shows W&B runs of its server; tables come from the run folders. Its address is kept in the first run's folder
+(wandb_report.json, by the runs that it is about), so that another time the same report is brought up to date.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def write_report(paths: Sequence[Path]) -> str:
     first = next(iter(runs[0].phases.values()))
     try:
         entity = str(first["entity"] or wandb.Api().default_entity)
-        report = _open(wr, paths[0], entity, first["project"])
+        report = _open(wr, paths, entity, first["project"])
         report.title = f"ssl_c2f: {', '.join(run.data.name for run in runs)}"[:_TITLE]
         report.width, report.blocks = "fixed", _blocks(wr, runs, entity)
         report.save()
     except Exception as error:  # wandb's errors have no common base that says which are the server's
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"W&B's server did not take the report: {reason}") from None
-    write_text(paths[0] / KEPT, json.dumps({"id": report.id, "url": report.url}, indent=1) + "\n")
+    _keep(paths, report)
     return str(report.url)
 
 
@@ -90,15 +90,27 @@ def _tracked(run: RunData) -> Tracked:
     return Tracked(run, phases, results)
 
 
-def _open(wr: Any, path: Path, entity: str, project: str) -> Any:
-    """The report that was made before, if its server still has it; else a new one."""
-    kept = read_json(path / KEPT)
-    if kept.get("url"):
+def _open(wr: Any, paths: Sequence[Path], entity: str, project: str) -> Any:
+    """The report that was made before about the same runs, if its server still has it; else a new one."""
+    kept = read_json(paths[0] / KEPT).get(_about(paths))
+    if isinstance(kept, dict) and kept.get("url"):
         try:
             return wr.Report.from_url(kept["url"])
         except (TypeError, ValueError):  # deleted: the server answers with nothing
             pass
     return wr.Report(project=project, entity=entity)
+
+
+def _keep(paths: Sequence[Path], report: Any) -> None:
+    """Beside those of other sets of runs that begin with the same one."""
+    kept = read_json(paths[0] / KEPT) | {_about(paths): {"id": report.id, "url": report.url}}
+    write_text(paths[0] / KEPT, json.dumps(kept, indent=1) + "\n")
+
+
+def _about(paths: Sequence[Path]) -> str:
+    """A set of runs by their places, seen from the first: they may be moved together."""
+    first = paths[0].resolve()
+    return " ".join(sorted({os.path.relpath(path.resolve(), first) for path in paths}))
 
 
 def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
