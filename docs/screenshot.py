@@ -43,7 +43,7 @@ def main() -> int:
         chrome.get(a.page.resolve().as_uri())
         shot = chrome.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
         picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
-        picture.quantize(256, dither=Image.Dither.NONE).save(a.picture, optimize=True)  # a third of the size
+        picture.quantize(256, dither=Image.Dither.NONE).save(a.picture, optimize=True)  # less than half the size
     finally:
         chrome.quit()
     return 0
