@@ -140,10 +140,9 @@ def train_phase(run: Run, phase: Phase) -> None:
         tracker = publish.make_tracker(run, phase, t.step, progress.note)
         with tracker or contextlib.nullcontext():
             _train(run, phase, t, tracker, progress)
-            if tracker and t.objective.views:
+            if tracker:
                 masking = run.options.masking(phase, t.objective)
                 save_pictures(run.phase_folder(phase).pictures, t.objective, run.corpus, masking, run.dist.device)
-            if tracker:
                 publish.show_phase(tracker, run, phase)
     if run.dist.is_main:
         run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
@@ -176,8 +175,9 @@ def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progres
         if log and tracker:
             rate, wait = (t.step - logged) * phase.batch_size / seconds, waited / seconds
             axes = _axes(run, phase, t)
-            tracker.log(axes | dict(zip(step.names, means, strict=True)) | {
-                "lr": step.lr, "grad_norm": step.grad_norm, "mask_ratio": phase.mask_ratio, "skipped": t.skipped,
+            masked = {"mask_ratio": phase.mask_ratio} if t.objective.views else {}
+            tracker.log(axes | dict(zip(step.names, means, strict=True)) | masked | {
+                "lr": step.lr, "grad_norm": step.grad_norm, "skipped": t.skipped,
                 "clips_per_second": rate, "data_wait": wait,
             })
             progress.update(

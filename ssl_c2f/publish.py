@@ -187,7 +187,8 @@ def _score_row(result: Json) -> dict[str, Any]:
     """The scores, and tables of them: per fold, confusion, per class, probes."""
     numbers = {key: value for key in ("accuracy", "map", "auc", "d_prime") if (value := result.get(key)) is not None}
     if interval := result.get("interval"):
-        numbers |= {"accuracy_low": interval[0], "accuracy_high": interval[1]}
+        name = "accuracy" if "accuracy" in result else "map"
+        numbers |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
     tables: dict[str, tuple[Sequence[str], list[list[Any]]]] = {}
     if folds := result.get("folds"):
         names = list(next(iter(folds.values())))

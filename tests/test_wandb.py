@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,11 @@ def assert_report(shell: Shell, server: WandbStub) -> None:
     assert address.startswith(server.url)
     assert shell.do("report", str(shell.run), "--wandb").splitlines()[-1] == address
     (view,) = server.views.values()  # it was updated
+    other = shell.folder / "runs/other"
+    shutil.copytree(shell.run, other)
+    of_both = shell.do("report", str(shell.run), str(other), "--wandb").splitlines()[-1]
+    assert of_both != address and len(server.views) == 2
+    assert shell.do("report", str(shell.run), "--wandb").splitlines()[-1] == address and len(server.views) == 2
     blocks = json.loads(view["spec"])["blocks"]
     grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
     named = 0
