@@ -113,9 +113,6 @@ class RunFolder:
     def phase(self, index: int, name: str) -> PhaseFolder:
         return PhaseFolder(self.path / "phases" / f"{index}-{name}")
 
-    def finetune(self, name: str) -> Path:
-        return self.path / "finetune" / name
-
     def check_config(self, text: str, allowed: Collection[str] = ()) -> None:
         """Refuse to go on with another config than the run was started with.
 
