@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("convert", _convert, "weights of AST, SSAST, AudioMAE, transformers or timm, as a checkpoint of ours")
     sub.add_argument("file", type=Path, metavar="FILE", help="a file of weights, or a folder of transformers'")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, which --ckpt takes")
-    words_of(sub, "what the file does not say, such as mean=-4.27 std=4.57 stride_t=10 labels=NAMES.txt")
+    words_of(sub, "what the file does not say, such as mean=-4.27 std=4.57 stride_f=10 stride_t=10 labels=NAMES.txt")
     sub = command("export", _export, "a checkpoint for transformers, ONNX or anything that reads safetensors")
     sub.add_argument("ckpt", type=Path, metavar="RUN|FILE", help="run folder, phase or checkpoint")
     sub.add_argument("--format", choices=("hf", "onnx", "safetensors"), required=True)

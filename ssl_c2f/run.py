@@ -115,9 +115,6 @@ class RunFolder:
     def phase(self, index: int, name: str) -> PhaseFolder:
         return PhaseFolder(self.path / "phases" / f"{index}-{name}")
 
-    def finetune(self, name: str) -> Path:
-        return self.path / "finetune" / name
-
     def num_phases(self) -> int:
         """How many phases the run was begun with.
 
