@@ -62,8 +62,9 @@ def transformer_bytes(tokens: int, width: int, depth: int, mlp_ratio: float, byt
 
     Per token and block: the inputs of two norms and their outputs, qkv, the attention's output twice (and as the
     projection's input), and the MLP's hidden layer before and after its activation: about (9 + 2 mlp_ratio) widths.
+    All of them have `bytes_per_value` but the norms' inputs, which autocast leaves in fp32.
     """
-    return depth * tokens * width * (9 + 2 * mlp_ratio) * bytes_per_value
+    return depth * tokens * width * (2 * 4 + (7 + 2 * mlp_ratio) * bytes_per_value)
 
 
 def state_bytes(parameters: int, ema: bool, frozen: int = 0) -> float:

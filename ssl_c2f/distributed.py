@@ -16,7 +16,7 @@ from ssl_c2f.options import UserError
 
 @dataclass(frozen=True)
 class Dist:
-    """This process's place among `world` processes. Every method but `close` must be called by all of them."""
+    """This process's place among `world` processes. Every method must be called by all of them."""
 
     rank: int
     world: int
@@ -60,11 +60,6 @@ class Dist:
         box = [value]
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
-
-    def close(self) -> None:
-        """Leave the group. Not a barrier: a process that failed can close too."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def init(device: str = "auto", timeout_minutes: float = 30.0) -> Dist:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -63,13 +63,15 @@ def _measure(options: RunOptions, clips: int, num_classes: int) -> None:
     run = Run(options, RunFolder(nothing), corpus, options.curriculum(clips, num_classes), dist, None, Stop(), "plan")
     rows = [_measured(run, phase) for phase in run.curriculum.phases]
     hours = sum(float(row[-1]) for row in rows)
-    columns = ("phase", "clips at a time", "ms per clip", "GFLOP/s", "peak memory", "hours")
+    memory = "peak memory" if dist.device.type == "cuda" else "peak memory of the process"
+    columns = ("phase", "clips at a time", "ms per clip", "GFLOP/s", memory, "hours")
     rows.append(("total", *[""] * 4, f"{hours:.2f}"))
     table(f"measured on one {dist.device.type}, median of {_ROUNDS} steps", columns, rows)
 
 
 def _measured(run: Run, phase: Phase) -> Sequence[str]:
     o, device = run.options, run.dist.device
+    own_peak = _forget_peak(device)
     size = micro_batches(phase.batch_size, o.train.max_batch_per_device)[-1]
     t = prepare(run, build(run, phase), 0)
     front_end = FrontEnd(o.geometries[phase.index], Statistics(0.0, 1.0)).to(device)
@@ -82,10 +84,29 @@ def _measured(run: Run, phase: Phase) -> Sequence[str]:
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[1:]) / size
     flops = run.costs(phase.index)[1]
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = f"{_peak(device) / 2**30:.2f} GiB" if own_peak else "-"
     hours = seconds * phase.steps * phase.batch_size / 3600
     speed = f"{1e3 * seconds:.3g}", f"{flops / seconds / 1e9:.3g}"
-    return phase.name, str(size), *speed, f"{peak / 2**30:.2f} GiB", f"{hours:.2f}"
+    return phase.name, str(size), *speed, peak, f"{hours:.2f}"
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Begin a new peak of memory, since the system's is that of all phases so far. Whether that can be had here: on a
+    CPU, Linux alone lets a process do so."""
+    gc.collect()  # what is left of the phase before is not this one's
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes since `_forget_peak`: of tensors on a GPU; of the whole process, libraries included, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])

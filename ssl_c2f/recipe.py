@@ -214,7 +214,7 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
 def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePlan:
     geometry, parts = options.geometries[phase.index], options.parts(phase.index, num_classes)
     per_clip, tokens = cost.step_flops(parts), cost.seen_tokens(parts)
-    clips = phase.steps * phase.batch_size
+    clips, bytes_per_value = phase.steps * phase.batch_size, 2 if options.train.precision == "bf16" else 4
     return PhasePlan(
         name=phase.name, time_factor=phase.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
         frames=geometry.frames(geometry.clip_samples), grid=geometry.grid, tokens=geometry.num_tokens,
@@ -222,7 +222,7 @@ def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePla
         gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
         pflops=per_clip * clips / 1e15,
         parts={part.name: part.step / 1e9 for part in parts},
-        activation_mb_per_clip=activation_bytes(options.model, geometry, tokens) / 1e6,
+        activation_mb_per_clip=activation_bytes(options.model, geometry, tokens, bytes_per_value) / 1e6,
     )
 
 

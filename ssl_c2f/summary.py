@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ssl_c2f.progress import table
+from ssl_c2f.run import RunFolder
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a half-written last line is left out."""
-    file = run / "metrics.jsonl"
+    file = RunFolder(run).metrics
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
@@ -41,11 +42,11 @@ def print_summary(run: Path) -> None:
         for name, v in phases.items()
     ]
     table(f"{run} (totals from the start)", columns, rows)
-    bad = run / "bad_files.jsonl"
+    bad = RunFolder(run).bad_files
     if bad.exists():
         print(f"{len(bad.read_text().splitlines())} unreadable files were skipped: {bad}")
     newest = [sorted(folder.glob("checkpoints/step-*"))[-1:] for folder in sorted((run / "phases").glob("*-*"))]
-    for made in [run / "metrics.jsonl", *(path for paths in newest for path in paths)]:
+    for made in [RunFolder(run).metrics, *(path for paths in newest for path in paths)]:
         print(made)
 
 

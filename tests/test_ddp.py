@@ -70,7 +70,7 @@ def test_two_processes_repeat_each_other_and_stay_with_one(sounds: Path, tmp_pat
     models = [checkpoint.load(checkpoints(tmp_path / name)[-1]).model for name in ("one", "two")]
     apart = max(float((models[0][name] - models[1][name]).abs().max()) for name in models[0])
     print(f"largest difference after 20 steps: {apart:.1e}")
-    assert 0 < apart < 1e-4
+    assert apart < 1e-4  # 0 where one process has one thread too
     losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 

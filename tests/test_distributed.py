@@ -22,7 +22,7 @@ assert d.sum(own).tolist() == [3.0, 3.0] and own.tolist() == [d.rank + 1.0] * 2
 assert d.gather_objects({"rank": d.rank}) == [{"rank": 0}, {"rank": 1}]
 assert d.broadcast_object({"from": d.rank}) == {"from": 0}
 d.barrier()
-d.close()
+torch.distributed.destroy_process_group()
 print(f"rank {d.rank} is done")
 """
 
@@ -43,7 +43,6 @@ def test_alone() -> None:
     assert d.gather_objects("it") == ["it"]
     assert d.broadcast_object(value := object()) is value
     d.barrier()
-    d.close()
     assert not torch.distributed.is_initialized()
 
 

@@ -16,7 +16,7 @@ from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.options import UserError
-from ssl_c2f.run import append_line, write_text
+from ssl_c2f.run import RunFolder, append_line, write_text
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Corpus:
     def open(cls, options: DataOptions, seed: int, folder: Path | None, *, main: bool = True) -> Corpus:
         """Raises UserError: no audio, or an option that does not fit it."""
         manifest = open_manifest(options)
-        bad = BadFiles(folder / "bad_files.jsonl" if folder and main else None, options.max_bad_files)
+        bad = BadFiles(RunFolder(folder).bad_files if folder and main else None, options.max_bad_files)
         bad.add(manifest.bad)
         return cls(manifest, *split(manifest, options), options, seed, bad, folder, main)
 

@@ -46,13 +46,14 @@ def whole_cost(options: AnyModel, geometry: Geometry, passes: float = 3.0) -> li
             return htsat_cost(options, geometry, passes)
 
 
-def activation_bytes(options: AnyModel, geometry: Geometry, tokens: int) -> float:
-    """What the encoder keeps of one clip for the backward pass, `tokens` of whose tokens it sees."""
+def activation_bytes(options: AnyModel, geometry: Geometry, tokens: int, bytes_per_value: int = 4) -> float:
+    """What the encoder keeps of one clip for the backward pass, `tokens` of whose tokens it sees: of values of
+    `bytes_per_value`, 2 under bf16."""
     match options:
         case EncoderOptions():
-            return cost.transformer_bytes(tokens, options.width, options.depth, options.mlp_ratio)
+            return cost.transformer_bytes(tokens, options.width, options.depth, options.mlp_ratio, bytes_per_value)
         case HTSATOptions():
-            return htsat_bytes(options, geometry)
+            return htsat_bytes(options, geometry, bytes_per_value)
 
 
 def strides_and_folds(options: AnyModel) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -191,15 +191,15 @@ def htsat_cost(options: HTSATOptions, geometry: Geometry, passes: float = 3.0) -
     ]
 
 
-def htsat_bytes(options: HTSATOptions, geometry: Geometry) -> float:
-    """Activations that the blocks keep of one clip: each stage's tokens, and the attention scores, which timm keeps
-    twice (before and after the softmax) because these windows have no fused attention by default."""
+def htsat_bytes(options: HTSATOptions, geometry: Geometry, bytes_per_value: int = 4) -> float:
+    """Activations that the blocks keep of one clip: each stage's tokens, and the attention scores, because these
+    windows have no fused attention by default: the softmax's in fp32, and under autocast a copy for the product."""
     total = 0.0
     for stage, (dim, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
         grid = grid_of(geometry, stage)
         windowed, area = _windows(grid, options.window)
-        total += cost.transformer_bytes(grid[0] * grid[1], dim, depth, options.mlp_ratio)
-        total += 4.0 * 2 * depth * heads * windowed * area
+        total += cost.transformer_bytes(grid[0] * grid[1], dim, depth, options.mlp_ratio, bytes_per_value)
+        total += (4 if bytes_per_value == 4 else 4 + bytes_per_value) * depth * heads * windowed * area
     return total
 
 
