@@ -1,4 +1,4 @@
-"""Slurm and its stand-ins: what a job asks for, its batch script, putting it into the queue, what the queue says."""
+"""Slurm: what a job asks for, its batch script, putting it into the queue, what the queue says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Resources:
     @property
     def world(self) -> int:
         return self.nodes * self.tasks_per_node
+
+    def of(self, job: Job) -> Resources:
+        """What this job asks for: one process, and at most one GPU, where more would do the same over again."""
+        return replace(self, nodes=1, ngpus=min(self.ngpus, 1)) if job.is_alone else self
 
     def sbatch(self, name: str, dependency: str | None = None) -> dict[str, Any]:
         """The parameters of submitit's SlurmExecutor."""
@@ -98,7 +102,7 @@ def check(resources: Resources, folder: Path) -> None:
         UserError: an unknown partition, account or limit; more than the cluster has.
     """
     text = script(resources, folder, "check")
-    with _environment():
+    with environment():
         answer = _slurm("sbatch", "--test-only", given=text)
     if answer.returncode:
         raise UserError(f"Slurm refuses such a job: {_reason(answer.stderr)}")
@@ -112,27 +116,15 @@ def submit(
     Raises:
         UserError: Slurm refuses them.
     """
+    resources = resources.of(jobs[0])
     executor = submitit.SlurmExecutor(folder, resources.max_timeouts, python=resources.command())
     executor.update_parameters(**resources.sbatch(name, dependency))
     try:
-        with _environment():
+        with environment():
             made = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
     except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError, OSError) as error:
         raise UserError(f"Slurm refused {name}: {_reason(str(error))}") from error
     return [str(job.job_id) for job in made]
-
-
-def start_here(cluster: str, resources: Resources, folder: Path, job: Job) -> submitit.Job[None]:
-    """Start a job on this machine: `local` in its own processes, `debug` in this one when its result is asked for."""
-    if cluster == "debug":
-        return submitit.DebugExecutor(folder).submit(job)
-    executor = submitit.LocalExecutor(folder, resources.max_timeouts, python=resources.python)
-    executor.update_parameters(
-        tasks_per_node=resources.tasks_per_node, gpus_per_node=resources.ngpus, timeout_min=resources.timeout,
-        signal_delay_s=resources.grace, setup=list(resources.setup),
-    )
-    with _environment():
-        return executor.submit(job)
 
 
 def active(ids: Collection[str]) -> dict[str, str]:
@@ -189,7 +181,7 @@ def _slurm(*command: str, given: str | None = None) -> subprocess.CompletedProce
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def environment() -> Iterator[None]:
     """Hide the job that we may run in from the jobs that we start, but not where Slurm's own configuration is."""
     configuration = os.environ.get("SLURM_CONF")
     with clean_env():

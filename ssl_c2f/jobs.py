@@ -1,9 +1,10 @@
 """What a cluster job runs: one phase of a run, or one part of a fine-tuning, resumed from disk.
 
-A job is stopped in three ways, and where it goes on is decided from the run folder alone in all of them:
+A job is stopped in four ways, and where it goes on is decided from the run folder alone in all of them:
   USR2     (a time limit comes near, or preemption): save at the next step boundary, then submitit requeues the job
   TERM     (scancel, preemption without a signal of its own): save, then stay until Slurm ends the job, so that Slurm,
            and not this process's exit status, says whether it was cancelled or is to run again
+  INT      (Ctrl-C or `cancel` on this machine): save, then end
   no word  (SIGKILL, a node that died): the newest checkpoint is what is left
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,6 +31,7 @@ from ssl_c2f.signals import Interrupted, Stop
 
 FOLDER = "submitit"  # in the run folder: scripts, logs, and what follows
 EVENTS = "events.jsonl"  # what became of jobs, told by themselves
+COMMAND = "command.json"  # beside the options: the launch that they are of
 _PORTS = (20_000, 32_000)  # below the range that systems draw ports of outgoing connections from
 _LONGEST_GRACE = 900.0  # seconds that a job which got SIGTERM waits for Slurm to end it
 
@@ -47,18 +50,25 @@ class Job:
     def name(self) -> str:
         return f"fold-{self.part}" if self.command == "finetune" else self.part
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process does it: scoring is not shared out."""
+        return self.command in ("score", "evaluate")
+
     def __call__(self) -> None:
         preemption = Preemption()
+        if self.is_alone and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as on this machine: see local.py
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to be saved
         environment = export_rendezvous()
         self.record(environment, "started", host=environment.hostname, code=str(Path(__file__).parent))
         try:
             self._work(preemption.stop)
         except Interrupted as interrupted:
-            self.record(environment, "interrupted", error=str(interrupted))
+            self.record(environment, "interrupted", error=str(interrupted), signum=interrupted.signum)
             _leave_group()
-            preemption.leave(environment, interrupted)
+            self._leave(preemption, environment, interrupted)
         except BaseException as error:
-            self.record(environment, "failed", error=f"{type(error).__name__}: {_last_line(error)}")
+            self._record_failure(environment, error)
             raise
         self.record(environment, "ended")
         _leave_group()
@@ -76,9 +86,23 @@ class Job:
         }
         append_line(Path(self.run) / FOLDER / EVENTS, json.dumps(line))
 
+    def _leave(self, preemption: Preemption, environment: JobEnvironment, interrupted: Interrupted) -> None:
+        try:
+            preemption.leave(environment, interrupted)
+        except Exception as error:
+            if error is not interrupted:  # it is not to be requeued, or cannot be
+                self._record_failure(environment, error)
+            raise
+
+    def _record_failure(self, environment: JobEnvironment, error: BaseException) -> None:
+        self.record(environment, "failed", error=f"{type(error).__name__}: {_last_line(error)}")
+
     def _work(self, stop: Stop) -> None:
         from ssl_c2f import config, engine, options, weights
 
+        launch = Path(self.config).with_name(COMMAND)
+        if launch.exists():  # what the run's provenance is to show, instead of submitit's own command
+            sys.argv = json.loads(launch.read_text())
         if self.command in ("pretrain", "train"):
             model = config.COMMANDS[self.command]
             run_options = options.load(model, Path(self.config))
@@ -154,6 +178,18 @@ def export_rendezvous() -> JobEnvironment:
         if torch.cuda.device_count() == 1:  # a cluster that shows each process only its own
             os.environ["LOCAL_RANK"] = "0"
     return environment
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    """What the jobs of a run have recorded."""
+    file = run / FOLDER / EVENTS
+    events = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:  # cut short by a crash
+            continue
+    return events
 
 
 def _leave_group() -> None:

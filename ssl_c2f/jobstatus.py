@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f import cluster
-from ssl_c2f.jobs import EVENTS, FOLDER
+from ssl_c2f import cluster, local
+from ssl_c2f.jobs import events_of
 from ssl_c2f.options import UserError
 from ssl_c2f.progress import table
-from ssl_c2f.schedule import read_jobs
+from ssl_c2f.schedule import read_jobs, slurm_ids
 from ssl_c2f.summary import read_metrics
 
 _TAIL = 3  # lines of a log
@@ -35,7 +35,9 @@ class Part:
 
     @property
     def failed(self) -> bool:
-        return not self.state.startswith(("done", "PENDING", "RUNNING", "COMPLET", "REQUEUE", "CONFIG", "SUSPENDED"))
+        return not self.state.startswith(
+            ("done", "started", "PENDING", "RUNNING", "COMPLET", "REQUEUE", "CONFIG", "SUSPENDED")
+        )
 
 
 def runs_below(path: Path) -> list[Path]:
@@ -54,22 +56,31 @@ def runs_below(path: Path) -> list[Path]:
 def parts_of(run: Path) -> list[Part]:
     """All jobs that were submitted for a run, as they stand."""
     jobs = read_jobs(run)
-    queue = cluster.active({job["id"] for job in jobs.values()}) if shutil.which("squeue") else {}
+    queue = cluster.active(slurm_ids(run)) if shutil.which("squeue") else {}
     events = events_of(run)
     parts = []
     for name, job in jobs.items():
         own = [event for event in events if event["part"] == name and event["job"] == job["id"]]
         starts = [i for i, event in enumerate(own) if event["event"] == "started" and event["rank"] == 0]
-        failures = [event for event in own[starts[-1]:] if event["event"] == "failed"] if starts else []
-        state = queue.get(job["id"]) or (
-            "done" if _is_done(run, name, own) else cluster.ended(job["id"]) or ("failed" if failures else "gone")
-        )
-        error = failures[0]["error"] if failures and job["id"] not in queue else ""
+        since = own[starts[-1]:] if starts else []
+        failures = [event for event in since if event["event"] == "failed"]
+        if job["cluster"] == "local":
+            failures = failures or [event for event in since if event["event"] == "interrupted"]
+        now = "RUNNING" if local.is_running(job) else queue.get(job["id"], "")
+        state = now or ("done" if _is_done(run, name, own) else _ended(job, failures[0]["event"] if failures else ""))
+        error = failures[0]["error"] if failures and not now else ""
         rank = failures[0]["rank"] if failures else 0
         log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
         requeues = max(len(starts) - 1, 0)
         parts.append(Part(run, name, job["id"], log, state, error, requeues, *_pace(run, name)))
     return parts
+
+
+def _ended(job: dict[str, Any], told: str) -> str:
+    """What became of a job that did not do its part, `told` being what it said of itself."""
+    if job["cluster"] == "slurm":
+        return cluster.ended(job["id"]) or told or "gone"
+    return told or ("gone" if local.is_here(job) else f"started on {job['host']}")
 
 
 def print_status(path: Path) -> None:
@@ -90,17 +101,6 @@ def print_status(path: Path) -> None:
                 print(f"{part.name}: {part.log}")
                 for line in _tail(part.log):
                     print(f"  {line}")
-
-
-def events_of(run: Path) -> list[dict[str, Any]]:
-    file = run / FOLDER / EVENTS
-    events = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:  # cut short by a crash
-            continue
-    return events
 
 
 def _is_done(run: Path, name: str, own: list[dict[str, Any]]) -> bool:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f import cluster, config, jobstatus, schedule
+import submitit
+
+from ssl_c2f import cluster, config, jobstatus, local, schedule
 from ssl_c2f import options as files
 from ssl_c2f.cluster import Resources
 from ssl_c2f.evaluate import EvaluateOptions
 from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults
-from ssl_c2f.jobs import FOLDER, Job
+from ssl_c2f.jobs import COMMAND, FOLDER, Job, events_of
 from ssl_c2f.options import Options, UserError
 from ssl_c2f.progress import table
-from ssl_c2f.run import write_text
+from ssl_c2f.run import redact, write_text
 from ssl_c2f.schedule import Chain, Task
 from ssl_c2f.weights import find_checkpoint, find_published, load_weights, results_folder
 
@@ -65,9 +69,11 @@ def launch(arguments: argparse.Namespace) -> int:
         return 0
     with schedule.alone(work.folder / FOLDER):
         if kind == "slurm":
-            cluster.check(resources, work.folder / FOLDER)
+            largest = next((task.job for task in todo if not task.job.is_alone), todo[0].job)
+            cluster.check(resources.of(largest), work.folder / FOLDER)
         for options, path in work.configs:
             write_text(path, files.dump(options))
+            write_text(path.with_name(COMMAND), json.dumps(redact(sys.argv)) + "\n")
         resources = _with_snapshot(resources, work.folder) if arguments.snapshot else resources
         if kind != "slurm":
             return _run_here(kind, resources, work)
@@ -80,12 +86,22 @@ def _resources(arguments: argparse.Namespace) -> Resources:
     for name, least in (("nodes", 1), ("ngpus", 0), ("cpus_per_task", 1), ("timeout", 1), ("grace", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    if arguments.grace >= 60 * arguments.timeout:
+        raise UserError(f"--grace {arguments.grace} seconds leave nothing of --timeout {arguments.timeout} minutes")
+    _split("--python", arguments.python or "")
     return Resources(
         nodes=arguments.nodes, ngpus=arguments.ngpus, cpus_per_task=arguments.cpus_per_task, mem=arguments.mem,
         timeout=arguments.timeout, grace=arguments.grace, max_timeouts=arguments.max_timeouts, python=arguments.python,
-        setup=tuple(arguments.setup), srun_args=tuple(shlex.split(arguments.srun_args)),
+        setup=tuple(arguments.setup), srun_args=_split("--srun-args", arguments.srun_args),
         plain={name: value for name in plain if (value := getattr(arguments, name))},
     )
+
+
+def _split(flag: str, text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: {str(error).lower()}") from None
 
 
 def _work(arguments: argparse.Namespace, resources: Resources) -> Work:
@@ -217,7 +233,13 @@ def _with_snapshot(resources: Resources, folder: Path) -> Resources:
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
     copy = folder / FOLDER / f"code-{digest}"
     if not copy.exists():
-        shutil.copytree(package, copy / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        aside = copy.with_name(f".{copy.name}.tmp")  # one that was interrupted is never taken for whole
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.copytree(package, aside / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+            aside.rename(copy)
+        except OSError as error:
+            raise UserError(f"cannot copy the code to {copy}: {error}") from error
     path = f"export PYTHONPATH={shlex.quote(str(copy))}${{PYTHONPATH:+:$PYTHONPATH}}"
     safe = "export PYTHONSAFEPATH=1"  # else the folder that we are in, which may be the checkout, comes first
     return replace(resources, setup=(*resources.setup, path, safe))
@@ -249,31 +271,62 @@ def _wait(work: Work, ids: Sequence[str]) -> int:
 
 
 def _run_here(kind: str, resources: Resources, work: Work) -> int:
+    """The tasks one after the other: `local` in processes of their own, `debug` in this one."""
     folder = work.folder / FOLDER
     for task in (task for chain in work.chains for stage in chain for task in stage):
         if task.done or not task.wanted:
             continue
         print(f"{task.job.name}: running here; logs are in {folder}", flush=True)
-        job = cluster.start_here(kind, resources, folder, task.job)
         if kind == "debug":
-            job.results()
-            continue
-        schedule.remember(task, str(job.job_id), folder)
-        while not job.done():
-            time.sleep(0.1)
-        if job.exception() is not None:
-            part = next(part for part in jobstatus.parts_of(task.run) if part.name == task.job.name)
-            print(f"{part.name}: {part.error or 'it was killed'}\n  log: {part.log}")
-            return 1
+            submitit.DebugExecutor(folder).submit(task.job).results()
+        elif status := _run_local(resources, folder, task):
+            return status
     return 0
+
+
+def _run_local(resources: Resources, folder: Path, task: Task) -> int:
+    """The exit status: 1 where it failed, 128 + N where signal N stopped it."""
+    with local.noting() as noted:
+        job = local.start(resources, folder, task.job)
+        number = str(job.job_id)
+        schedule.remember(task, number, folder, "local")
+        local.finish(job, task.run, task.job.name, noted)
+    own = [event for event in events_of(task.run) if event["job"] == number and event["rank"] == 0]
+    stop = own[-1] if own and own[-1]["event"] == "interrupted" else {}
+    if noted or stop:
+        print(f"launch.py: {stop.get('error', 'interrupted')}", file=sys.stderr)
+        return 128 + int(noted[0] if noted else stop["signum"])
+    if job.exception() is None:
+        return 0
+    part = next(part for part in jobstatus.parts_of(task.run) if part.name == task.job.name)
+    print(f"{part.name}: {part.error or 'it was killed'}\n  log: {part.log}")
+    return 1
 
 
 def _cancel(path: Path) -> int:
-    ids = {job["id"] for run in jobstatus.runs_below(path) for job in schedule.read_jobs(run).values()}
-    there = cluster.active(ids)
+    runs = jobstatus.runs_below(path)
+    gone = _cancel_local(runs)
+    there = cluster.active(set().union(*map(schedule.slurm_ids, runs)))
     cluster.cancel(there)
-    print(f"cancelled {', '.join(sorted(there))}" if there else f"{path}: no job of it is in the queue")
+    gone += sorted(there)
+    for part in (part for run in runs for part in jobstatus.parts_of(run) if part.state.startswith("started on")):
+        raise UserError(f"{part.name} was {part.state}: cancel it there")
+    print(f"cancelled {', '.join(gone)}" if gone else f"{path}: no job of it is queued or runs")
     return 0
+
+
+def _cancel_local(runs: Sequence[Path]) -> list[str]:
+    """Stop what runs on this machine, and wait until it has saved; also what its launcher starts meanwhile."""
+    asked: dict[str, Path] = {}
+    while True:
+        jobs = [(run, part, job) for run in runs for part, job in schedule.read_jobs(run).items()]
+        running = [found for found in jobs if local.is_running(found[2])]
+        for run, part, job in running:
+            local.ask(run, part, job["id"])
+            asked[job["id"]] = Path(job["log"]).parent
+        if not running and not any(schedule.is_launching(folder) for folder in asked.values()):
+            return list(asked)
+        time.sleep(local.POLL_SECONDS)
 
 
 def _print_dry_run(work: Work, resources: Resources, kind: str) -> None:
@@ -298,5 +351,6 @@ def _print_dry_run(work: Work, resources: Resources, kind: str) -> None:
             each = f" (of each of {len(stages)} runs)" if len(stages) > 1 and not together else ""
             print(f"\n# {', '.join(task.job.name for task in todo)}{each}")
             job, dependency = f"{work.folder.name}/{todo[0].job.name}", f"{after}:<{before}>" if before else None
-            print(cluster.script(resources, work.folder / FOLDER, job, dependency=dependency, count=len(todo)))
+            asked = resources.of(todo[0].job)
+            print(cluster.script(asked, work.folder / FOLDER, job, dependency=dependency, count=len(todo)))
             before = todo[0].job.name

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -252,6 +253,13 @@ def redact(command: Sequence[str]) -> list[str]:
         shown.append("***" if hide_next else f"{name}=***" if secret and equals else _IN_URL.sub(r"\1***@", word))
         hide_next = secret and not equals and word.startswith("-")
     return shown
+
+
+def command_line(command: Sequence[str]) -> str:
+    """What to type to have a command of a provenance again."""
+    path, words = Path(*command[:1]), command[1:]
+    own = path.name == "ssl_c2f" or path.parts[-2:] == ("ssl_c2f", "__main__.py")
+    return shlex.join(["ssl_c2f", *words] if own else ["python", *command] if command else [])
 
 
 def _commit() -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -159,7 +160,8 @@ class Launch:
         return sorted(waiting)
 
     def id_of(self, task: Task) -> str:
-        return str(read_jobs(task.run).get(task.job.name, {}).get("id", ""))
+        job = read_jobs(task.run).get(task.job.name, {})
+        return str(job["id"]) if job.get("cluster") == "slurm" else ""
 
     def _queued(self, task: Task) -> bool:
         return self.id_of(task) in self.queue
@@ -202,18 +204,26 @@ class Launch:
 
 
 def read_jobs(run: Path) -> dict[str, dict[str, Any]]:
-    """jobs.json of a run: part -> id, log, submitted."""
+    """jobs.json of a run: part -> id, cluster (slurm, or local with its host: the id is a process), log, submitted."""
     file = run / "jobs.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    jobs: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    return {part: {"cluster": "slurm", **job} for part, job in jobs.items()}
 
 
-def remember(task: Task, number: str | None, folder: Path) -> None:
+def slurm_ids(run: Path) -> set[str]:
+    """The jobs of a run that Slurm knows."""
+    return {job["id"] for job in read_jobs(run).values() if job["cluster"] == "slurm"}
+
+
+def remember(task: Task, number: str | None, folder: Path, kind: str = "slurm") -> None:
     """Put a job into its run's jobs.json; without a number, take it out."""
     jobs = read_jobs(task.run)
     jobs.pop(task.job.name, None)
     if number:
         log = str(folder / f"{number}_0_log.err")
-        jobs[task.job.name] = {"id": number, "log": log, "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
+        where = {"cluster": kind} | ({"host": socket.gethostname()} if kind == "local" else {})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        jobs[task.job.name] = {"id": number, **where, "log": log, "submitted": now}
     write_text(task.run / "jobs.json", json.dumps(jobs, indent=1) + "\n")
 
 
@@ -234,6 +244,17 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another launch of {folder.parent} is under way") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {folder / 'launching'}: {error.strerror}") from error
         yield
     finally:
         os.close(descriptor)
+
+
+def is_launching(folder: Path) -> bool:
+    """Whether a launcher is at work there: one that runs jobs here stays until they have ended."""
+    try:
+        with alone(folder):
+            return False
+    except UserError:
+        return True

@@ -18,7 +18,8 @@ ORDER = (
     "engine",
     # things done with an engine or a run folder
     "inference", "evaluate", "probe", "embed", "predict", "finetune", "convert", "export", "hub", "auto", "config",
-    "plan", "summary", "report", "demo", "jobs", "cluster", "schedule", "jobstatus", "launching", "cli", "__main__",
+    "plan", "summary", "report", "demo", "jobs", "cluster", "local", "schedule", "jobstatus", "launching",
+    "cli", "__main__",
 )
 
 

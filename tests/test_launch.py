@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import errno
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,23 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import CONFIG, LAUNCH, launch, program
+from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
-from ssl_c2f import cluster
+from ssl_c2f import cluster, launching
 from ssl_c2f.jobs import Job, Preemption
+from ssl_c2f.jobstatus import parts_of
 from ssl_c2f.options import UserError
+from ssl_c2f.run import provenance
 from ssl_c2f.schedule import Launch, Task, alone, remember
-
-LAUNCH = Path(__file__).parents[1] / "slurm" / "launch.py"
-CONFIG = """
-audio: {clip_seconds: 1.0, num_mels: 32}
-model: {width: 16, depth: 1, heads: 2, patch_f: 16, patch_t: 8}
-objective: {name: mae, decoder_width: 16, decoder_depth: 1, decoder_heads: 2}
-phases:
-  - {name: coarse, steps: 4, time_factor: 2, batch_size: 8, lr: 1.0e-3}
-  - {name: fine, steps: 4, batch_size: 8, lr: 1.0e-3}
-train: {device: cpu, rehearse: false}
-tracking: {wandb: off}
-"""
+from ssl_c2f.signals import Interrupted, Stop
 
 
 @pytest.fixture
@@ -44,20 +38,6 @@ def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of Slurm that are installed are not found."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-
-
-def launch(*words: object) -> int:
-    spec = importlib.util.spec_from_file_location("launch", LAUNCH)
-    assert spec and spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    status: int = module.main([str(word) for word in words])
-    return status
-
-
-def program(folder: Path, text: str) -> None:
-    folder.write_text(f"#!{sys.executable}\n{text}\n")
-    folder.chmod(0o755)
 
 
 def test_help_answers_at_once() -> None:
@@ -124,6 +104,49 @@ def test_pipeline_shows_all_of_its_parts(
     assert printed.count("#SBATCH --array=0-2%3") == 1
 
 
+def test_scoring_asks_for_one_process(
+    config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("pipeline", config, f"data.root={sounds}", "--run-dir", tmp_path, "--cluster", "slurm", "--dry-run")
+    assert launch(*words, "finetune.folds=[1,2]", "--ngpus", 4) == 0
+    tuning, scores = capsys.readouterr().out.split("\n# scores\n")
+    assert "#SBATCH --ntasks-per-node=4" in tuning and "#SBATCH --gpus-per-node=4" in tuning
+    assert "#SBATCH --ntasks-per-node=1" in scores and "#SBATCH --gpus-per-node=1" in scores
+    asked = cluster.Resources(nodes=2, ngpus=0).of(Job("evaluate", "evaluate", "evaluate.yaml", str(tmp_path)))
+    assert (asked.world, asked.nodes, asked.ngpus) == (1, 1, 0)
+
+
+def test_what_submitit_is_given(tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "srun", "")
+    program(tmp_path / "bin" / "sbatch", "print('Submitted batch job 17')")
+    train, score = Job("pretrain", "coarse", "c.yaml", str(tmp_path)), Job("score", "scores", "c.yaml", str(tmp_path))
+    resources = cluster.Resources(nodes=2, ngpus=4, max_timeouts=7)
+    for jobs, ids, tasks in (([train], ["17"], 4), ([train, train], ["17_0", "17_1"], 4), ([score], ["17"], 1)):
+        folder = tmp_path / f"{jobs[0].part}{len(jobs)}"
+        assert cluster.submit(resources, folder, "run", jobs) == ids
+        for number in ids:
+            given = DelayedSubmission.load(folder / f"{number}_submitted.pkl")
+            assert given.function == jobs[0] and given._timeout_countdown == 7
+        assert f"#SBATCH --ntasks-per-node={tasks}\n" in (folder / "17_submission.sh").read_text()
+
+
+def test_a_copy_of_the_code_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copytree = shutil.copytree
+
+    def fall_over(source: Path, to: Path, **rest: Any) -> None:
+        to.mkdir(parents=True)
+        (to / "__init__.py").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copytree", fall_over)
+    with pytest.raises(KeyboardInterrupt):
+        launching._with_snapshot(cluster.Resources(), tmp_path)
+    monkeypatch.setattr(shutil, "copytree", copytree)
+    launching._with_snapshot(cluster.Resources(), tmp_path)
+    (copy,) = (tmp_path / "submitit").iterdir()
+    assert copy.name.startswith("code-") and (copy / "ssl_c2f" / "engine.py").exists()
+
+
 def test_pipelines_of_several_seeds(
     config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +179,7 @@ def test_a_part_that_ends_while_the_queue_is_read_is_not_submitted_again(
 def test_slurm_finds_its_configuration_and_forgets_the_job_that_we_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", "/somewhere/slurm.conf")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with cluster._environment():
+    with cluster.environment():
         assert os.environ["SLURM_CONF"] == "/somewhere/slurm.conf" and "SLURM_JOB_ID" not in os.environ
     assert os.environ["SLURM_JOB_ID"] == "17"
 
@@ -168,6 +191,10 @@ def test_slurm_finds_its_configuration_and_forgets_the_job_that_we_run_in(monkey
         (["--cluster", "debug", "--ngpus", "2"], "one process"),
         (["--cluster", "slurm"], "there is no sbatch here"),
         (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--timeout", "1"], "--grace 120 seconds leave nothing of --timeout 1 minutes"),
+        (["--timeout", "2"], "--grace 120 seconds leave nothing of --timeout 2 minutes"),
+        (["--srun-args", '"abc'], '--srun-args "abc: no closing quotation'),
+        (["--python", "run 'x"], "--python run 'x: no closing quotation"),
         (["phases.0.step=1"], "steps"),
         (["data.root=/nowhere"], "/nowhere"),
         (["phases.1.batch_size=9", "--ngpus", "2"], "batch_size 9 is no multiple of 2 processes"),
@@ -216,23 +243,48 @@ def test_usr2_asks_for_a_stop_and_leaves_the_rest_for_later() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_status_tells_why_a_job_was_not_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its last time limit submitit raises; elsewhere scontrol may fail."""
+    for name, value in (("SUBMITIT_EXECUTOR", "local"), ("SUBMITIT_LOCAL_JOB_ID", "17")):
+        monkeypatch.setenv(name, value)
+
+    def stopped(job: Job, stop: Stop) -> None:
+        raise Interrupted(signal.SIGUSR2, 5)
+
+    def leave(preemption: Preemption, *given: object) -> None:
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    monkeypatch.setattr(Job, "_work", stopped)
+    monkeypatch.setattr(Preemption, "leave", leave)
+    task = Task(Job("pretrain", "coarse", "config.yaml", str(tmp_path)), lambda: False)
+    remember(task, "17", tmp_path)
+    with pytest.raises(UncompletedJobError):
+        task.job()
+    (part,) = parts_of(tmp_path)
+    assert part.failed and part.error == (
+        "UncompletedJobError: Job not requeued because: timed-out too many times."
+    )
+
+
+def test_a_job_shows_the_launch_as_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["submitit/core/_submit.py", "FOLDER"])
+    monkeypatch.setattr("ssl_c2f.engine.run", lambda *given, **rest: None)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "command.json").write_text('["slurm/launch.py", "pretrain", "api_key=***"]')
+    Job("pretrain", "coarse", str(tmp_path / "config.yaml"), str(tmp_path))._work(Stop())
+    assert provenance()["command"] == ["slurm/launch.py", "pretrain", "api_key=***"]
+
+
+def test_a_file_system_without_locks_takes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"cannot lock .*launching: No locks available"), alone(tmp_path):
+        pass
+
+
 def test_two_launches_at_once_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "submitit"
     with alone(folder), pytest.raises(UserError, match="another launch of"), alone(folder):
         pass
-
-
-@pytest.mark.slow
-def test_local_runs_the_phases_one_after_the_other(config: Path, sounds: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = [sys.executable, LAUNCH, "pretrain", config, f"data.root={sounds}", "--run-dir", run, "--cluster", "local"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(words, check=True, env=environment, timeout=120)
-    assert all((run / "phases" / name / "done").exists() for name in ("0-coarse", "1-fine"))
-    again = subprocess.run(words, check=True, env=environment, timeout=120, capture_output=True, text=True)
-    assert "nothing to submit" in again.stdout
-    failed = subprocess.run(
-        [*words, "phases.0.lr=1e30", "train.max_nonfinite=0", "--run-dir", str(tmp_path / "bad")],
-        env=environment, timeout=120, capture_output=True, text=True,
-    )
-    assert failed.returncode == 1 and "non-finite loss" in failed.stdout

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_c2f.options import UserError
-from ssl_c2f.run import RunFolder, provenance, redact, write_text
+from ssl_c2f.run import RunFolder, command_line, provenance, redact, write_text
 
 HOLDER = """
 import os, signal, sys
@@ -138,6 +138,20 @@ def test_paths_and_done(run: RunFolder) -> None:
     assert not phase.is_done()
     phase.mark_done(7, loss=0.5)
     assert phase.is_done() and json.loads(phase.done.read_text()) == {"step": 7, "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        (["/env/bin/ssl_c2f", "train", "a b"], "ssl_c2f train 'a b'"),
+        (["/src/ssl_c2f/__main__.py", "train"], "ssl_c2f train"),
+        (["slurm/launch.py", "train"], "python slurm/launch.py train"),
+        (["/src/ssl_c2f/other.py"], "python /src/ssl_c2f/other.py"),
+        ([], ""),
+    ],
+)
+def test_a_command_can_be_typed_again(command: list[str], typed: str) -> None:
+    assert command_line(command) == typed
 
 
 def test_provenance_is_complete_and_names_no_host() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ssl_c2f.report.read import Clip, Json, PhaseData, RunData
+from ssl_c2f.run import command_line
 
 Cell = object  # text, or (text to show, number to sort by)
 _SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -264,7 +265,7 @@ def provenance(run: RunData) -> str:
     p = run.provenance
     if not p:
         return ""
-    command = " ".join(map(str, p.get("command", [])))
+    command = command_line([str(word) for word in p.get("command", [])])
     versions = ", ".join(f"{k} {v}" for k, v in _dict(p.get("versions")).items())
     hardware = ", ".join(
         f"{k.replace('_', ' ')}: {', '.join(map(str, v)) or 'none' if isinstance(v, list) else v}"

@@ -17,7 +17,7 @@ from typing import Any
 from ssl_c2f.options import UserError
 from ssl_c2f.report import sections
 from ssl_c2f.report.read import Json, RunData, read_json, read_runs
-from ssl_c2f.run import RunFolder, write_text
+from ssl_c2f.run import RunFolder, command_line, write_text
 from ssl_c2f.wandb_run import read_facts
 
 KEPT = "wandb_report.json"
@@ -244,8 +244,8 @@ def _results(runs: Sequence[Tracked]) -> str:
 def _commands(run: RunData) -> list[str]:
     """The command that made the run, and those of its fine-tunings."""
     files = [run.path / "provenance.json", *sorted(run.path.glob("finetune/**/provenance.json"))]
-    found = [["ssl_c2f", *words[1:]] for f in files if (words := read_json(f).get("command"))]
-    return list(dict.fromkeys(shlex.join(map(str, words)) for words in found))
+    found = [words for f in files if (words := read_json(f).get("command"))]
+    return list(dict.fromkeys(command_line([str(word) for word in words]) for words in found))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
