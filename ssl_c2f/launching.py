@@ -21,7 +21,7 @@ from ssl_c2f import cluster, config, jobstatus, local, schedule
 from ssl_c2f import options as files
 from ssl_c2f.cluster import Resources
 from ssl_c2f.evaluate import EvaluateOptions
-from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults
+from ssl_c2f.finetune import FinetuneOptions, check_origin, checkpoint_defaults
 from ssl_c2f.jobs import COMMAND, FOLDER, Job, events_of
 from ssl_c2f.options import Options, UserError
 from ssl_c2f.progress import table
@@ -172,13 +172,20 @@ def _one_pipeline(given: Sequence[str], path: Path, arguments: argparse.Namespac
     file = arguments.finetune_config or config.DEFAULT["finetune"]
     tuning, _ = config.read("finetune", FinetuneOptions, [file, *shared, *tuned], defaults)
     after = _finetuning(tuning, path / "finetune" / tuning.name, path, resources)
-    chain = [*schedule.phases_of("pretrain", options, path), *after.chains[0]]
-    return Work(path, [chain], [(options, schedule.config_of(path)), *after.configs])
+    phases = schedule.phases_of("pretrain", options, path)
+    missing = [task.job.name for (task,) in phases if not task.done]
+    if missing and any(task.done for task in after.chains[0][0]):
+        raise UserError(
+            f"{after.folder} was fine-tuned before phase {missing[0]} was there: choose another finetune.name=, or "
+            "delete it"
+        )
+    return Work(path, [[*phases, *after.chains[0]]], [(options, schedule.config_of(path)), *after.configs])
 
 
 def _finetunings(arguments: argparse.Namespace, resources: Resources) -> Work:
     ckpt = arguments.ckpt.resolve()
-    defaults = checkpoint_defaults(load_weights(ckpt))
+    weights = load_weights(ckpt)
+    defaults = checkpoint_defaults(weights)
     first, _ = config.read("finetune", FinetuneOptions, arguments.words, defaults)
     default = find_run(ckpt) / "finetune" / first.name
     base = _folder(arguments, first, default)
@@ -190,6 +197,7 @@ def _finetunings(arguments: argparse.Namespace, resources: Resources) -> Work:
         path = base / _variant_name(variant) if base == work.folder else base.with_name(
             f"{base.name},{_variant_name(variant)}"
         )
+        check_origin(path, weights.origin)
         one = _finetuning(options, path, ckpt, resources)
         work.chains += one.chains
         work.configs += one.configs

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launched import CONFIG, launch
 from test_step import before
 from torch import Tensor
 
@@ -68,7 +69,9 @@ def test_from_scratch_is_without_the_checkpoints_weights(
         assert str(autoencoder) in json.loads(told.read_text())["from"]
 
 
-def test_folds_of_another_checkpoint_are_refused(autoencoder: Path, tones: Path, tmp_path: Path) -> None:
+def test_folds_of_another_checkpoint_are_refused(
+    autoencoder: Path, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Scores over all folds would be told as those of one checkpoint."""
     run = shutil.copytree(autoencoder, tmp_path / "run")
     finetune(run, tuning(run, tones, tmp_path / "tuned", folds=[1]))
@@ -78,5 +81,21 @@ def test_folds_of_another_checkpoint_are_refused(autoencoder: Path, tones: Path,
     shutil.copytree(old, old.with_name("step-00000009"))
     with pytest.raises(UserError, match=r"was fine-tuned from \S+/step-00000004, and this is \S+/step-00000009"):
         finetune(run, tuning(run, tones, tmp_path / "tuned", folds=[1, 2, 3]))
+    words = ["--ckpt", run, f"data.root={tones}", "--run-dir", tmp_path / "tuned", "--dry-run"]
+    assert launch("finetune", *words) == 2 and "was fine-tuned from" in capsys.readouterr().err
     assert not (tmp_path / "tuned/fold-3").exists()
     finetune(run, tuning(run, tones, tmp_path / "other", folds=[3]))
+
+
+def test_a_pipeline_does_not_take_folds_of_before_its_last_phase(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    words = [tmp_path / "config.yaml", f"data.root={tones}", "--run-dir", tmp_path / "run", "--dry-run"]
+    assert launch("pipeline", *words) == 0
+    done = tmp_path / "run/finetune/default/fold-1/phases/0-tune/done"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    assert launch("pipeline", *words) == 2
+    assert "finetune/default was fine-tuned before phase coarse was there: choose" in capsys.readouterr().err
+    assert launch("pipeline", *words, "finetune.name=again") == 0
