@@ -50,11 +50,21 @@ def create_model(
     if name in list_models():
         return AudioModel(_random(str(name), tuple(classes), clip_seconds, seed)).eval()
     if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
-        model: AudioModel = AudioModel.from_pretrained(str(name))
-        return model
+        return _from_hub(str(name))
     near = get_close_matches(str(name), list_models(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(list_models())}"
     raise UserError(f"no model or path {str(name)!r}; {hint}")
+
+
+def _from_hub(name: str) -> AudioModel:
+    try:
+        model: AudioModel = AudioModel.from_pretrained(name)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a hub and a network can come up with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no path {name!r}, and not found on the Hub ({reason[:120]})") from None
+    return model
 
 
 def _random(name: str, classes: tuple[str, ...], clip_seconds: float, seed: int) -> Weights:
@@ -71,4 +81,5 @@ def _random(name: str, classes: tuple[str, ...], clip_seconds: float, seed: int)
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         state = run.build(geometry, len(classes)).state_dict()
-    return Weights(state, geometry, name, {geometry.digest(): Statistics(*AUDIOSET)}, options, classes)
+    statistics = Statistics(*AUDIOSET, factor=1.0 if kind == "vit" else 2.0)  # 2 as AST and SSAST have it
+    return Weights(state, geometry, name, {geometry.digest(): statistics}, options, classes)

@@ -180,7 +180,8 @@ def _serialise(
 
 def _steps(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake (told in one line), 128 + N for signal N."""
     # On a busy machine OpenMP's threads spin while they wait for each other: a tiny run took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         arguments = parse(parser(), words)
         status = arguments.run(arguments)
@@ -98,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("convert", _convert, "weights of AST, SSAST, AudioMAE, transformers or timm, as a checkpoint of ours")
     sub.add_argument("file", type=Path, metavar="FILE", help="a file of weights, or a folder of transformers'")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, which --ckpt takes")
-    words_of(sub, "what the file does not say, such as mean=-4.27 std=4.57 stride_t=10 labels=NAMES.txt")
+    words_of(sub, "what the file does not say, such as mean=-4.27 std=4.57 stride_f=10 stride_t=10 labels=NAMES.txt")
     sub = command("export", _export, "a checkpoint for transformers, ONNX or anything that reads safetensors")
     sub.add_argument("ckpt", type=Path, metavar="RUN|FILE", help="run folder, phase or checkpoint")
     sub.add_argument("--format", choices=("hf", "onnx", "safetensors"), required=True)

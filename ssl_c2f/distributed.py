@@ -46,13 +46,12 @@ class Dist:
             dist.all_reduce(total)
         return total
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all processes in rank order: (n, ...) -> (sum of n, ...); n may differ between processes."""
-        if self.world == 1:
-            return tensor.detach().to(self.device)
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, tensor.detach().cpu())
-        return torch.cat(parts).to(self.device)
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everybody's `value`, which must be picklable, in the order of ranks."""
+        parts: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, value)
+        return parts
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`, which must be picklable."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +25,6 @@ from ssl_c2f.data.dataset import TrainingClips, make_loader
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import fingerprint
 from ssl_c2f.data.sampler import micro_batches, positions
-from ssl_c2f.geometry import Geometry
 from ssl_c2f.objectives import StepResult
 from ssl_c2f.options import UserError
 from ssl_c2f.phases import Phase, Place, learning_rate
@@ -34,7 +32,7 @@ from ssl_c2f.pictures import save_pictures
 from ssl_c2f.progress import Progress
 from ssl_c2f.recipe import RunOptions, make_plan
 from ssl_c2f.run import RunFolder, write_text
-from ssl_c2f.signals import Interrupted, Stop
+from ssl_c2f.signals import Abandoned, Interrupted, Stop
 from ssl_c2f.tracking import Tracker
 from ssl_c2f.training import Run, Training, build, carry_over, prepare, save, start
 from ssl_c2f.validate import at_full_resolution, validate
@@ -142,10 +140,9 @@ def train_phase(run: Run, phase: Phase) -> None:
         tracker = publish.make_tracker(run, phase, t.step, progress.note)
         with tracker or contextlib.nullcontext():
             _train(run, phase, t, tracker, progress)
-            if tracker and t.objective.views:
+            if tracker:
                 masking = run.options.masking(phase, t.objective)
                 save_pictures(run.phase_folder(phase).pictures, t.objective, run.corpus, masking, run.dist.device)
-            if tracker:
                 publish.show_phase(tracker, run, phase)
     if run.dist.is_main:
         run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
@@ -162,6 +159,9 @@ def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progres
     loader = iter(make_loader(clips, batches, corpus.workers(geometry)))
     all_flops = run.counters(run.curriculum.steps)["flops"]
     logged, seconds, waited = t.step, 0.0, 0.0  # since the last line
+    if t.step > phase.first_step and _validation_due(run, phase, t.step):  # stopped before it
+        earlier = bool(run.stop.signum)  # a signal of before it began must not keep it from ever being done
+        _validate(run, phase, t, tracker, progress.note, None if earlier else run.stop)
     while t.step < phase.last_step:
         began = time.perf_counter()
         step = train_step(run, t, run.curriculum.lookup(t.step), loader, front_end)
@@ -170,48 +170,72 @@ def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progres
         means = (run.dist.sum(step.means) / run.dist.world).tolist() if log else []
         took = time.perf_counter() - began
         t.train_seconds, seconds, waited = t.train_seconds + took, seconds + took, waited + step.waited
-        counters = run.counters(t.step)
-        place: dict[str, float | str] = {"phase": phase.name, "step": t.step}
-        axes = place | counters | {"train_seconds": t.train_seconds}
+        if log:
+            _share_bad_files(run)
         if log and tracker:
             rate, wait = (t.step - logged) * phase.batch_size / seconds, waited / seconds
-            tracker.log(axes | dict(zip(step.names, means, strict=True)) | {
-                "lr": step.lr, "grad_norm": step.grad_norm, "mask_ratio": phase.mask_ratio, "skipped": t.skipped,
+            axes = _axes(run, phase, t)
+            masked = {"mask_ratio": phase.mask_ratio} if t.objective.views else {}
+            tracker.log(axes | dict(zip(step.names, means, strict=True)) | masked | {
+                "lr": step.lr, "grad_norm": step.grad_norm, "skipped": t.skipped,
                 "clips_per_second": rate, "data_wait": wait,
             })
             progress.update(
                 t.step, loss=means[0], lr=step.lr, clips_per_second=rate, wait=wait,
-                run_done=counters["flops"] / all_flops,
+                run_done=float(axes["flops"]) / all_flops,
             )
             logged, seconds, waited = t.step, 0.0, 0.0
-        if o.evaluation.every and (last or _validation_due(run, t.step)):
-            _validate(run, t, geometry, tracker, axes, progress.note)
         stopped = run.dist.any_rank(bool(run.stop.signum))
-        if last or stopped or t.step % o.train.checkpoint_every == 0:
+        due = _validation_due(run, phase, t.step)
+        if last or stopped or due or t.step % o.train.checkpoint_every == 0:
             save(run, phase, t)
-        if stopped and not last:
+        if stopped and (due or not last):
             raise Interrupted(run.stop.signum or signal.SIGTERM, t.step)
+        if due:  # saved before: it takes longer than a scheduler may wait
+            _validate(run, phase, t, tracker, progress.note, run.stop)
 
 
-def _validation_due(run: Run, step: int) -> bool:
-    """Whether a multiple of `evaluation.every` epochs lies within the last step."""
+def _axes(run: Run, phase: Phase, t: Training) -> dict[str, float | str]:
+    place: dict[str, float | str] = {"phase": phase.name, "step": t.step}
+    return place | run.counters(t.step) | {"train_seconds": t.train_seconds}
+
+
+def _share_bad_files(run: Run) -> None:
+    """Each process reads other clips; the main one names what any of them cannot read, and all keep to the limit."""
+    for seen in run.dist.gather_objects(run.corpus.bad.seen):
+        run.corpus.bad.add(list(seen.items()))
+
+
+def _validation_due(run: Run, phase: Phase, step: int) -> bool:
+    """Whether a phase ends with `step`, or a multiple of `evaluation.every` epochs lies within it."""
     interval = run.options.evaluation.every * len(run.corpus.training)
+    if not interval or step == phase.last_step:
+        return bool(interval)
     return run.curriculum.samples(step) // interval > run.curriculum.samples(step - 1) // interval
 
 
 def _validate(
-    run: Run, t: Training, geometry: Geometry, tracker: Tracker | None, axes: dict[str, float | str],
-    note: Callable[[str], object],
+    run: Run, phase: Phase, t: Training, tracker: Tracker | None, note: Callable[[str], object], stop: Stop | None
 ) -> None:
-    """Rank 0 validates while the others wait."""
-    if tracker:
+    """Rank 0 validates, if that is not on record yet, while the others wait.
+
+    Raises:
+        Interrupted: `stop` was set, which need not wait for its end: whoever goes on validates.
+    """
+    stopped = False
+    if tracker and not tracker.validated(t.step):
         state = t.ema if t.ema is not None else t.objective.state_dict()
-        device = run.dist.device
+        geometry, device = run.options.geometries[phase.index], run.dist.device
         fine = at_full_resolution(run.options, state, geometry, run.corpus.num_classes, device)
-        result = validate(fine, run.options, run.corpus, device)
-        tracker.log(axes | result)
-        note(f"step {t.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
-    run.dist.barrier()
+        try:
+            result = validate(fine, run.options, run.corpus, device, stop)
+        except Abandoned:
+            stopped = True
+        else:
+            tracker.log(_axes(run, phase, t) | result)
+            note(f"step {t.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    if run.dist.any_rank(stopped):
+        raise Interrupted(run.stop.signum or signal.SIGTERM, t.step)
 
 
 def rehearse(run: Run, phases: Collection[Phase]) -> None:
@@ -272,9 +296,7 @@ def open_run(
             raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {dist.world} devices")
     folder, text = RunFolder(path), option_files.dump(options)
     if dist.is_main and folder.config.exists():
-        begun = len(yaml.safe_load(folder.config.read_text())["phases"])
-        added = (f"phases.{i}.*" for i in range(begun, len(options.phases)))
-        folder.check_config(text, (*MAY_CHANGE, *added))
+        check_options(options, folder)
     if corpus is None:
         corpus = Corpus.open(options.data, options.seed, path, main=dist.is_main)
     if initial:
@@ -291,6 +313,16 @@ def open_run(
             corpus.statistics(geometry)
     dist.barrier()
     return Run(options, folder, corpus, curriculum, dist, initial, stop, kind, group or path.resolve().name)
+
+
+def check_options(options: RunOptions, folder: RunFolder) -> None:
+    """Phases may be added to a run, and some options may change.
+
+    Raises:
+        UserError: others differ from those that the run was begun with.
+    """
+    added = (f"phases.{i}.*" for i in range(folder.num_phases(), len(options.phases)))
+    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added))
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
@@ -342,7 +374,8 @@ def run(
         if dead:
             print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
         if options.train.rehearse and todo:  # also those that other jobs will run
-            rehearse(job, [p for p in job.curriculum.phases if not job.phase_folder(p).is_done()])
+            left = [p for p in job.curriculum.phases if not job.phase_folder(p).is_done()]
+            rehearse(job, dist.broadcast_object(left))
         for phase in todo:
             train_phase(job, phase)
     return job.folder

@@ -1,7 +1,8 @@
 """Scoring a classifier on labelled recordings, and writing scores so that they can be read again.
 
 OUT/
-  scores.json      accuracy with interval, recall per class, confusion matrix; or mAP, AUC, d' and precision per class
+  scores.json      accuracy with interval, recall per class, confusion matrix; or mAP with interval, AUC, d' and
+                   precision per class
   predictions.csv  path, label, predicted, and a score for each class
 
 Legend: n clips, C classes.
@@ -118,7 +119,7 @@ def summarise(scores: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[st
     """What (n, C) scores are worth, (n, C) labels of 0 and 1 given; NaN is what is undefined.
 
     Where every clip has one label: accuracy, its Wilson interval, recall per class, confusion matrix (rows: labels).
-    Otherwise: mAP, AUC, d' and average precision per class.
+    Otherwise: mAP, its bootstrap interval, AUC, d' and average precision per class.
     """
     result: dict[str, Any] = {"clips": len(scores), "classes": list(classes)}
     result |= metrics.score(scores, labels)
@@ -129,6 +130,8 @@ def summarise(scores: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[st
         result["recall"] = dict(zip(classes, recall, strict=True))
         result["confusion"] = confusion.tolist()
         return result
+    if math.isfinite(result["map"]):
+        result["interval"] = list(metrics.map_interval(result["map"], scores, labels))
     columns = [metrics.multi_label(scores[:, [i]], labels[:, [i]])["map"] for i in range(len(classes))]
     result["average_precision"] = dict(zip(classes, columns, strict=True))
     return result
@@ -169,19 +172,18 @@ def predicted(scores: Sequence[float], classes: Sequence[str], several: bool) ->
 
 def print_scores(result: Mapping[str, Any]) -> None:
     """Print what `write_scores` returned: the score, the scores of folds where it has them, and what is confused."""
-    if "accuracy" in result:
+    names = {"accuracy": "accuracy", "map": "mAP", "auc": "AUC", "d_prime": "d'"}
+    values = [f"{title} {shown(result[name])}" for name, title in names.items() if name in result]
+    if "interval" in result:
         low, high = result["interval"]
-        spread = f"95 % interval {low:.4f} to {high:.4f}"
-        print(f"accuracy {result['accuracy']:.4f} ({spread}) on {result['clips']} recordings")
-    else:
-        names = {"map": "mAP", "auc": "AUC", "d_prime": "d'"}
-        print(", ".join(f"{n} {shown(result[k])}" for k, n in names.items()) + f" on {result['clips']} recordings")
+        values[0] += f" (95 % interval {low:.4f} to {high:.4f})"
+    print(", ".join(values) + f" on {result['clips']} recordings")
     folds = result.get("folds")
     if isinstance(folds, Mapping) and folds:
         metric = "accuracy" if "accuracy" in result else "map"
-        values = [v[metric] for v in folds.values() if v.get(metric) is not None]
+        there = [v[metric] for v in folds.values() if v.get(metric) is not None]
         each = ", ".join(f"fold {fold} {shown(values_of.get(metric))}" for fold, values_of in folds.items())
-        print(each + (f"; mean {statistics.fmean(values):.4f} ± {statistics.pstdev(values):.4f}" if values else ""))
+        print(each + (f"; mean {statistics.fmean(there):.4f} ± {statistics.pstdev(there):.4f}" if there else ""))
     if "confusion" in result:
         print_confusion(result["classes"], result["confusion"])
     else:

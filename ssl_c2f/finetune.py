@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,10 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     if options.statistics == "measure":
         weights = replace(weights, statistics={})
     folder = Path(options.run_dir) if options.run_dir else run_of(weights) / "finetune" / options.name
-    everything = Corpus.open(options.data, options.seed, folder)
+    check_origin(folder, weights.origin)
+    everything = Corpus.open(
+        options.data, options.seed, folder, main=distributed.init(options.train.device).is_main
+    )
     scored: dict[int | None, tuple[Tensor, Tensor]] = {}
     for fold in _folds(options, everything):
         path = folder if fold is None else folder / f"fold-{fold}"
@@ -83,6 +87,26 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     if scored:
         _report(folder, everything, scored, weights, options)
     return folder
+
+
+def check_origin(folder: Path, origin: str) -> None:
+    """Refuse to add folds to a fine-tuning that began with other weights: their scores would be told as one.
+
+    Raises:
+        UserError: naming both.
+    """
+    for file in sorted(folder.glob("**/phases/0-*/transfer.json")):
+        before = json.loads(file.read_text())["from"]
+        if _within_run(before) != _within_run(origin):
+            raise UserError(
+                f"{folder} was fine-tuned from {before}, and this is {origin}: choose another name=, or delete it"
+            )
+
+
+def _within_run(origin: str) -> str:
+    """Where a checkpoint is in its run, which may have been moved since."""
+    _, phases, place = origin.rpartition("/phases/")
+    return place if phases else Path(origin).name
 
 
 def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:

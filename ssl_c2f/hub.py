@@ -19,7 +19,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from ssl_c2f.convert import notice, state_of
-from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Statistics
+from ssl_c2f.data.front_end import Batch, FrontEnd, Items
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.options import UserError
@@ -46,7 +46,7 @@ class AudioModel(
         statistics = weights.statistics.get(self.geometry.digest())
         if statistics is None:
             raise UserError(f"{weights.origin}: no statistics of its input at full resolution")
-        self.front_end = FrontEnd(self.geometry, Statistics(statistics.mean, statistics.std, statistics.factor))
+        self.front_end = FrontEnd(self.geometry, statistics)
         device = torch.device("cpu")
         self.objective = at_full_resolution(options, weights.state, weights.geometry, len(weights.classes), device)
         self.classes = weights.classes if isinstance(self.objective, Supervised) else ()

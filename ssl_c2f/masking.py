@@ -35,7 +35,7 @@ class MaskOptions(Options):
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # masked share of a clip's valid tokens
     size: tuple[int, int] = (3, 5)  # least and greatest side of a block, or width of a band, in tokens; drawn per clip
     seconds: tuple[float, float] | None = Field(
-        None, description="least and greatest length of a block in time, the same in every phase; none: `size` tokens"
+        None, description="least and greatest length of a block in time, in whole tokens, at least one; none: `size`"
     )
 
     @field_validator("size")

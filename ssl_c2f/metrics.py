@@ -6,9 +6,12 @@ import math
 from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ssl_c2f import draws
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -49,6 +52,46 @@ def multi_label(scores: Tensor, labels: Tensor) -> dict[str, float]:
         "auc": auc,
         "d_prime": math.sqrt(2) * NormalDist().inv_cdf(min(max(auc, 1e-6), 1 - 1e-6)),
     }
+
+
+def map_interval(
+    value: float, scores: Tensor, labels: Tensor, resamples: int = 200, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of a mean average precision: normal, with the deviation over resamples of the clips (bootstrap).
+
+    Not their quantiles: a positive that is drawn twice ranks beside itself, so resamples score higher than what they
+    are drawn from. The draws are the same each time.
+    """
+    n = len(scores)
+    drawn = draws.integers(draws.key("bootstrap", torch.arange(resamples)[:, None], torch.arange(n)), n)
+    counts = torch.stack([torch.bincount(row, minlength=n) for row in drawn], dim=1).to(torch.uint8).numpy()
+    columns = zip(scores.T.double().numpy(), labels.T.numpy() > 0, strict=True)
+    found = np.stack([counted_precision(*column, counts) for column in columns])  # (C, resamples)
+    there = np.isfinite(found)
+    means = np.nansum(found, 0)[there.any(0)] / there.sum(0)[there.any(0)]
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * float(means.std())
+    return max(value - half, 0.0), min(value + half, 1.0)
+
+
+def counted_precision(
+    score: npt.NDArray[np.float64], label: npt.NDArray[np.bool_], counts: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    """(R,) average precision of a class where clip i is there counts[i, r] times: (n,), (n,), (n, R).
+
+    NaN where there are no positives or no negatives.
+    """
+    if not label.any():
+        return np.full(counts.shape[1], np.nan)
+    levels = np.unique(score[label])[::-1]  # precision counts at the positives' scores alone
+    order = np.argsort(-score, kind="stable")
+    starts = np.searchsorted(-score[order], -levels, side="right")  # behind the last clip of at least each level
+    there = np.add.reduceat(counts[order], np.append(0, starts[starts < len(score)]), axis=0, dtype=np.int64).cumsum(0)
+    order = order[label[order]]
+    gain = np.add.reduceat(counts[order], np.searchsorted(-score[order], -levels), axis=0, dtype=np.int64)
+    positives = gain.sum(0)
+    precision = gain.cumsum(0) / np.maximum(there[: len(levels)], 1)
+    found = (gain * precision).sum(0) / np.maximum(positives, 1)
+    return np.where((positives > 0) & (positives < there[-1]), found, np.nan)
 
 
 def score(scores: Tensor, labels: Tensor) -> dict[str, float]:

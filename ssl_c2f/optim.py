@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from ssl_c2f.options import Options
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimOptions(Options):
@@ -19,7 +21,7 @@ class OptimOptions(Options):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where the cosine ends, as a share of the peak")
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer learns at this share of the one above")
     moments: Literal["keep", "reset"] = Field("keep", description="of same-shaped parameters at a phase boundary")

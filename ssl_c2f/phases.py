@@ -72,10 +72,6 @@ class Phase:
         """Steps done when the phase ends."""
         return self.first_step + self.steps
 
-    @property
-    def folder(self) -> str:
-        return f"{self.index}-{self.name}"
-
 
 @dataclass(frozen=True)
 class Place:

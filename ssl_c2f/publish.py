@@ -126,7 +126,8 @@ def _show_checkpoint(live: LiveRun, folder: Path, facts: Json, kind: str, second
         if kind == "upload":
             artifact.add_file(str(file), policy="immutable", skip_cache=True)
         else:
-            artifact.add_reference(file.resolve().as_uri())
+            # its place says which it is: reading gigabytes to sum them up would hold up the end of a phase
+            artifact.add_reference(file.resolve().as_uri(), checksum=False)
     live.log_artifact(artifact, aliases=[f"step-{facts['step']}"])
     if not live.offline and kind == "upload":
         artifact.wait(timeout=max(1, round(seconds)))
@@ -186,7 +187,8 @@ def _score_row(result: Json) -> dict[str, Any]:
     """The scores, and tables of them: per fold, confusion, per class, probes."""
     numbers = {key: value for key in ("accuracy", "map", "auc", "d_prime") if (value := result.get(key)) is not None}
     if interval := result.get("interval"):
-        numbers |= {"accuracy_low": interval[0], "accuracy_high": interval[1]}
+        name = "accuracy" if "accuracy" in result else "map"
+        numbers |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
     tables: dict[str, tuple[Sequence[str], list[list[Any]]]] = {}
     if folds := result.get("folds"):
         names = list(next(iter(folds.values())))

@@ -34,7 +34,7 @@ class TrainOptions(Options):
     precision: Literal["fp32", "bf16"] = "fp32"
     max_batch_per_device: int | None = Field(None, ge=1, description="larger batches are accumulated; none: no limit")
     compile: bool = False
-    rehearse: bool = Field(True, description="run one step of every phase before the job starts")
+    rehearse: bool = Field(True, description="run two steps of every phase before the job starts")
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps; the end of a phase is always kept")
     keep: int = Field(2, ge=1, description="checkpoints of a phase")

@@ -19,6 +19,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from ssl_c2f.options import UserError
 PACKAGES = ("ssl_c2f", "torch", "torchaudio", "timm", "lightly", "numpy")
 _SECRET = re.compile(r"(?i)^[\w.-]*(key|token(?!s)|secret|passw)[\w.-]*$")
 _IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+_GLANCE = 1.0  # seconds: one that only looks whether a run is locked holds the lock for an instant, and has no name
 _locks: set[int] = set()  # descriptors of the locks that this process holds
 
 
@@ -113,8 +115,16 @@ class RunFolder:
     def phase(self, index: int, name: str) -> PhaseFolder:
         return PhaseFolder(self.path / "phases" / f"{index}-{name}")
 
-    def finetune(self, name: str) -> Path:
-        return self.path / "finetune" / name
+    def num_phases(self) -> int:
+        """How many phases the run was begun with.
+
+        Raises:
+            UserError: config.yaml is not a run's.
+        """
+        try:
+            return len(yaml.safe_load(self.config.read_text())["phases"])
+        except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+            raise UserError(f"{self.config} is not the config of a run: choose another run_dir") from None
 
     def check_config(self, text: str, allowed: Collection[str] = ()) -> None:
         """Refuse to go on with another config than the run was started with.
@@ -273,15 +283,22 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _take(descriptor: int, file: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = _holder(file) or {"pid": "?", "host": "?", "started": "?"}
-        raise UserError(
-            f"{file.parent} is being written by process {holder['pid']} on {holder['host']} since {holder['started']}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot lock {file}: {error.strerror}") from error
+    until = time.monotonic() + _GLANCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            if not holder and time.monotonic() < until:
+                time.sleep(0.01)
+                continue
+            holder = holder or {"pid": "?", "host": "?", "started": "?"}
+            raise UserError(
+                f"{file.parent} is being written by process {holder['pid']} on {holder['host']} since "
+                f"{holder['started']}"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot lock {file}: {error.strerror}") from error
 
 
 def _holder(file: Path) -> dict[str, Any] | None:

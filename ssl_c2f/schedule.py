@@ -14,13 +14,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_c2f import cluster
-from ssl_c2f import options as files
 from ssl_c2f.cluster import Resources
 from ssl_c2f.data.dataset import open_manifest, split
-from ssl_c2f.engine import MAY_CHANGE
+from ssl_c2f.engine import check_options
 from ssl_c2f.finetune import FinetuneOptions
 from ssl_c2f.jobs import FOLDER, Job
 from ssl_c2f.options import UserError
@@ -120,13 +117,7 @@ def check_run(options: RunOptions, path: Path, world: int) -> None:
         if phase.batch_size % world:
             raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {world} processes")
     if RunFolder(path).config.exists():
-        RunFolder(path).check_config(files.dump(options), (*MAY_CHANGE, *_added(options, path)))
-
-
-def _added(options: RunOptions, path: Path) -> list[str]:
-    """Keys of phases that follow those that the run was begun with."""
-    before = len(yaml.safe_load(RunFolder(path).config.read_text())["phases"])
-    return [f"phases.{i}.*" for i in range(before, len(options.phases))]
+        check_options(options, RunFolder(path))
 
 
 class Launch:

@@ -21,11 +21,20 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class Abandoned(Exception):
+    """Work that can be done another time was left, since a signal came."""
+
+
 @dataclass
 class Stop:
     """Set by a signal handler, read at step boundaries, agreed on by all ranks."""
 
     signum: int = 0
+
+    def check(self) -> None:
+        """Raises Abandoned after a signal."""
+        if self.signum:
+            raise Abandoned
 
     @contextlib.contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator[None]:

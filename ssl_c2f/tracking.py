@@ -1,7 +1,7 @@
 """Metrics of a run: every record as a flushed line of metrics.jsonl, and to W&B where that works.
 
-The file is the truth. W&B gets the same records, one W&B run per phase, numbered by their line in the file. When a run
-goes on, what W&B's server has already is not sent again, and what it never got is.
+The file is the truth. W&B gets the same records, one W&B run per phase, as rows whose number follows from the step.
+When a run goes on, what W&B's server has already is not sent again, and what it never got is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tracker:
         self.phase = phase
         try:
             identity.folder.mkdir(parents=True, exist_ok=True)
-            self._lines = cut_back(self.path, resume_step)
+            self.last = cut_back(self.path, resume_step)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
@@ -75,8 +75,12 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        line, self._lines = self._lines, self._lines + 1
-        self.wandb.call(lambda run: _send(run, line, record))
+        self.last = record
+        self.wandb.call(lambda run: _send(run, record))
+
+    def validated(self, step: int) -> bool:
+        """Whether the step's validation is on record."""
+        return self.last.get("step") == step and is_validation(self.last)
 
     def publish(self, what: Call, seconds: float = 0.0) -> None:
         """Do something with the W&B run (a table, an artifact), if there is one; see `WandbRun.publish`."""
@@ -89,22 +93,30 @@ class Tracker:
         self.wandb.finish(exit_code)
 
     def _replay(self, run: Run) -> None:
-        for line, record in _records(self.path):
+        for record in read_records(self.path):
             if record.get("phase") == self.phase:
-                _send(run, line, _as_logged(record))
+                _send(run, _as_logged(record))
 
 
-def _send(run: Run, line: int, record: Mapping[str, Any]) -> None:
-    if line >= run.starting_step:
-        run.log(dict(record), step=line)
+def _send(run: Run, record: Mapping[str, Any]) -> None:
+    """Steps are logged, and validated, at most once each. Lines of the file would not do as numbers: after a rollback a
+    run may go on with another `log_every`."""
+    row = 2 * int(record["step"]) + is_validation(record)
+    if row >= run.starting_step:
+        run.log(dict(record), step=row)
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of metrics.jsonl with their numbers."""
+def is_validation(record: Mapping[str, Any]) -> bool:
+    """Whether it tells of held-out clips rather than of training."""
+    return any(name.startswith("val/") for name in record)
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """What the lines of a metrics.jsonl say."""
     with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
+        for line in lines:
             with contextlib.suppress(ValueError):
-                yield number, json.loads(line)
+                yield json.loads(line)
 
 
 def _as_logged(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,11 +125,12 @@ def _as_logged(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if not key.endswith("_nonfinite")} | odd
 
 
-def cut_back(file: Path, step: int | None) -> int:
-    """Cut `file` before its first line that is half-written or of a step after `step`; the number of lines left."""
-    lines = end = 0
+def cut_back(file: Path, step: int | None) -> dict[str, Any]:
+    """Cut `file` before its first line that is half-written or of a step after `step`; the last record left, or {}."""
+    last: dict[str, Any] = {}
+    end = 0
     if not file.exists():
-        return 0
+        return last
     with open(file, "rb+") as stream:
         for line in stream:
             try:
@@ -126,9 +139,9 @@ def cut_back(file: Path, step: int | None) -> int:
                 break
             if not line.endswith(b"\n") or (step is not None and record.get("step", 0) > step):
                 break
-            lines, end = lines + 1, end + len(line)
+            last, end = record, end + len(line)
         stream.truncate(end)
-    return lines
+    return last
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,12 @@ class Run:
 
     def phase_folder(self, phase: Phase) -> PhaseFolder:
         return self.folder.phase(phase.index, phase.name)
+
+    def newest(self, phase: Phase) -> Path | None:
+        """A phase's newest checkpoint as the main process sees it: others may look at an older listing of a network's
+        file system. Every process must ask."""
+        found: Path | None = self.dist.broadcast_object(checkpoint.newest(self.phase_folder(phase).checkpoints))
+        return found
 
     def costs(self, index: int) -> tuple[int, float]:
         """Tokens that the encoder sees, and FLOPs of a training step, for one clip of a phase."""
@@ -104,7 +111,7 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
     """
     folder, geometry = run.phase_folder(phase), run.options.geometries[phase.index]
     t = prepare(run, build(run, phase), phase.first_step)
-    if newest := checkpoint.newest(folder.checkpoints):
+    if newest := run.newest(phase):
         saved = checkpoint.load(newest)
         if Geometry(**saved.state["geometry"]) != geometry:
             raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
@@ -115,7 +122,7 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
         return t
     if phase.index > 0:
         before = run.curriculum.phases[phase.index - 1]
-        newest = checkpoint.newest(run.phase_folder(before).checkpoints)
+        newest = run.newest(before)
         if newest is None or not run.phase_folder(before).is_done():
             raise UserError(f"phase {phase.name} cannot start: phase {before.name} is not done in {run.folder.path}")
         saved = checkpoint.load(newest)

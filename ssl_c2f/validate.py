@@ -23,14 +23,15 @@ from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.options import UserError
 from ssl_c2f.recipe import RunOptions
+from ssl_c2f.signals import Stop
 from ssl_c2f.transfer import transfer
 
 
 def batches(
     corpus: Corpus, geometry: Geometry, clips: Sequence[int], device: torch.device, batch_size: int,
-    *, per_clip: int | None = None, masking: Masking | None = None, draw: int = 0,
+    *, per_clip: int | None = None, masking: Masking | None = None, draw: int = 0, stop: Stop | None = None,
 ) -> Iterator[Batch]:
-    """Windows of clips in order. Masks depend on the clip and the draw alone."""
+    """Windows of clips in order. Masks depend on the clip and the draw alone. Raises Abandoned where `stop` says so."""
     windows = corpus.windows(geometry, clips, per_clip)
     front_end = corpus.front_end(geometry).to(device)
     for items in make_loader(windows, in_batches(len(windows), batch_size), corpus.workers(geometry)):
@@ -38,6 +39,8 @@ def batches(
             corpus.bad.add(items)
             continue
         corpus.bad.add(items.bad)
+        if stop:
+            stop.check()
         yield front_end(replace(items, keys=draws.key(items.keys, "validation", draw)).to(device), masking)
 
 
@@ -53,30 +56,38 @@ def at_full_resolution(
 
 
 @torch.no_grad()
-def validate(objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device) -> dict[str, float]:
+def validate(
+    objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device, stop: Stop | None = None
+) -> dict[str, float]:
     """Loss and metrics on held-out clips (where the loss is comparable at all) and, for masked objectives with labelled
-    clips, the accuracy (or mAP) of a kNN probe."""
+    clips, the accuracy (or mAP) of a kNN probe.
+
+    Raises:
+        Abandoned: `stop` was set meanwhile.
+    """
     result: dict[str, float] = {}
     o = options.evaluation
     if corpus.held_out:
         clips = spread(corpus.held_out, o.max_clips)
         if not objective.views:
-            result |= _labelled(objective, options, corpus, clips, device)
+            result |= _labelled(objective, options, corpus, clips, device, stop)
         elif objective.comparable_loss:
-            result |= _masked_loss(objective, options, corpus, clips, device)
+            result |= _masked_loss(objective, options, corpus, clips, device, stop)
     if objective.views and corpus.num_classes > 1:
-        result |= _knn(objective, options, corpus, device)
+        result |= _knn(objective, options, corpus, device, stop)
     return {f"val/{name}": value for name, value in result.items()}
 
 
 def _masked_loss(
-    objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device
+    objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device,
+    stop: Stop | None,
 ) -> dict[str, float]:
     o, total, count = options.evaluation, dict[str, float](), 0
     masking = Masking("uniform", o.mask_ratio, options.mask.size, objective.views)
     for draw in range(o.mask_draws):
         for batch in batches(
-            corpus, options.fine_geometry, clips, device, o.batch_size, per_clip=1, masking=masking, draw=draw
+            corpus, options.fine_geometry, clips, device, o.batch_size, per_clip=1, masking=masking, draw=draw,
+            stop=stop,
         ):
             found = objective(batch)
             for name, value in {"loss": found.loss, **found.metrics}.items():
@@ -88,20 +99,23 @@ def _masked_loss(
 
 
 def _labelled(
-    objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device
+    objective: Objective, options: RunOptions, corpus: Corpus, clips: Sequence[int], device: torch.device,
+    stop: Stop | None,
 ) -> dict[str, float]:
-    scores, found = clip_scores(objective, corpus, options.fine_geometry, clips, device, options.evaluation.batch_size)
+    scores, found = clip_scores(
+        objective, corpus, options.fine_geometry, clips, device, options.evaluation.batch_size, stop
+    )
     return metrics.score(scores, corpus.source(options.fine_geometry).labels(found))
 
 
 @torch.no_grad()
 def clip_scores(
     objective: Objective, corpus: Corpus, geometry: Geometry, clips: Sequence[int], device: torch.device,
-    batch_size: int,
+    batch_size: int, stop: Stop | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(n, C) scores of a supervised objective, averaged over each readable clip's windows, and (n,) which clips."""
     scores, index, frames = [], [], []
-    for batch in batches(corpus, geometry, clips, device, batch_size):
+    for batch in batches(corpus, geometry, clips, device, batch_size, stop=stop):
         scores.append(objective.scores(batch).cpu())  # type: ignore[union-attr, operator]
         index.append(batch.index.cpu())
         frames.append(batch.num_frames.cpu())
@@ -123,11 +137,11 @@ def mean_by_clip(rows: Tensor, index: Tensor, frames: Tensor) -> tuple[Tensor, T
 @torch.no_grad()
 def features(
     objective: Objective, corpus: Corpus, geometry: Geometry, clips: Sequence[int], device: torch.device,
-    batch_size: int, kind: Readout = "mean", per_clip: int | None = None,
+    batch_size: int, kind: Readout = "mean", per_clip: int | None = None, stop: Stop | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(n, D) features, averaged over the windows of each readable clip, and (n,) which clips."""
     rows, index, frames = [], [], []
-    for batch in batches(corpus, geometry, clips, device, batch_size, per_clip=per_clip):
+    for batch in batches(corpus, geometry, clips, device, batch_size, per_clip=per_clip, stop=stop):
         rows.append(objective.embed(batch, kind).float().cpu())
         index.append(batch.index.cpu())
         frames.append(batch.num_frames.cpu())
@@ -140,7 +154,9 @@ def _some(index: Sequence[Tensor], corpus: Corpus) -> None:
         raise UserError(f"none of these recordings in {corpus.manifest.root} can be read")
 
 
-def _knn(objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device) -> dict[str, float]:
+def _knn(
+    objective: Objective, options: RunOptions, corpus: Corpus, device: torch.device, stop: Stop | None
+) -> dict[str, float]:
     """Nearest neighbours among training clips; without held-out clips, each fold against the other folds."""
     o, clips = options.evaluation, corpus.manifest.clips
     labelled = spread([i for i in corpus.training if clips[i].labels], o.max_clips)
@@ -149,7 +165,8 @@ def _knn(objective: Objective, options: RunOptions, corpus: Corpus, device: torc
     if not labelled or not (held_out or (len(folds) > 1 and None not in folds)):
         return {}
     rows, index = features(
-        objective, corpus, options.fine_geometry, [*labelled, *held_out], device, o.batch_size, per_clip=1
+        objective, corpus, options.fine_geometry, [*labelled, *held_out], device, o.batch_size, per_clip=1,
+        stop=stop,
     )
     labels = corpus.source(options.fine_geometry).labels(index)
     if held_out:

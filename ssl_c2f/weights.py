@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from ssl_c2f import checkpoint
@@ -134,17 +134,15 @@ def _from_timm(name: str) -> Weights:
         near = get_close_matches(name, known, n=1)
         raise UserError(f"init={name}: no such file, and no ViT of timm's{f' ({near[0]}?)' if near else ''}")
     try:
-        state = timm.create_model(name, pretrained=True).state_dict()
+        model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever a hub and a network can come up with
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"init={name}: its weights cannot be fetched ({reason[:120]}); without a network give a file, init=FILE"
         ) from None
-    try:
-        found = published.convert(state, _facts(ImportOptions(), {}))
-    except UserError as error:
-        raise UserError(f"init={name}: {error}") from None
-    return _as_weights(found, Path(name), ImportOptions(), {}, {})
+    heads: list[Any] = [module.num_heads for module in model.modules() if hasattr(module, "num_heads")]
+    options = ImportOptions(heads=heads[0] if heads else None)
+    return _imported(model.state_dict(), f"init={name}", Path(name), options)[0]
 
 
 def run_options(weights: Weights) -> RunOptions:
@@ -164,8 +162,12 @@ class ImportOptions(Options):
 
     sample_rate: int | None = Field(None, ge=1000, description="Hz; 16000")
     num_mels: int | None = Field(None, ge=4, description="128")
-    stride_f: int | None = Field(None, ge=1, description="mel bins to the next patch; for AST 10, else its height")
-    stride_t: int | None = Field(None, ge=1, description="frames to the next patch; for AST 10, else its length")
+    stride_f: int | None = Field(
+        None, ge=1, description="mel bins to the next patch; for AST stride_t or 10, else its height"
+    )
+    stride_t: int | None = Field(
+        None, ge=1, description="frames to the next patch; for AST stride_f or 10, else its length"
+    )
     heads: int | None = Field(None, ge=1, description="of attention; width / 64")
     frames: int = Field(1024, ge=1, description="of a clip, where the weights are an image's")
     mean: float | None = Field(None, description="of the log-mel input; AudioSet's")
@@ -184,7 +186,14 @@ def import_published(path: Path, options: ImportOptions = ImportOptions()) -> tu
     if file is None:
         raise UserError(f"{path}: no published weights (a file, or a folder with config.json and model.safetensors)")
     config, extractor = (_json(file.parent / name) for name in ("config.json", "preprocessor_config.json"))
-    state = checkpoint.load_published(file)
+    return _imported(checkpoint.load_published(file), str(file), file, options, config, extractor)
+
+
+def _imported(
+    state: Mapping[str, Tensor], name: str, file: Path, options: ImportOptions, config: Mapping[str, Any] = {},
+    extractor: Mapping[str, Any] = {},
+) -> tuple[Weights, TransferReport]:
+    """Published tensors as ours, with a report; errors begin with `name`."""
     try:
         if config.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"hidden_act {config['hidden_act']} of config.json is not supported, only gelu")
@@ -192,18 +201,18 @@ def import_published(path: Path, options: ImportOptions = ImportOptions()) -> tu
         weights = _as_weights(found, file, options, config, extractor)
         report = _check(weights, found)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     except ValueError as error:  # a geometry or options that cannot be
-        raise UserError(f"{file}: {str(error).splitlines()[-1].strip()}") from None
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{name}: {reason.removeprefix('Value error, ')}") from None
     rearranged = [f"  {name}: {how}" for name, how in found.how.items() if ".blocks." not in name]
     return replace(weights, notes=(*weights.notes, *report.lines(), *rearranged)), report
 
 
 def _facts(options: ImportOptions, config: Mapping[str, Any]) -> published.Facts:
-    stride = options.stride_f or config.get("frequency_stride"), options.stride_t or config.get("time_stride")
     return published.Facts(
         num_mels=options.num_mels or config.get("num_mel_bins", 128),
-        stride=(stride[0], stride[1]) if stride[0] and stride[1] else None,
+        stride=(options.stride_f or config.get("frequency_stride"), options.stride_t or config.get("time_stride")),
         heads=options.heads or config.get("num_attention_heads"), num_frames=options.frames,
     )
 

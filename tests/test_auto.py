@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import ssl_c2f
+from ssl_c2f.data.front_end import Statistics
+from ssl_c2f.models.published import AUDIOSET
 from ssl_c2f.options import UserError
 from ssl_c2f.weights import load_weights
 
@@ -77,3 +79,18 @@ def test_unknown_names_are_one_line() -> None:
         ssl_c2f.create_model("ast_bass")
     with pytest.raises(AttributeError, match="no attribute"):
         _ = ssl_c2f.create_modle
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "runs/a b"])
+def test_neither_a_path_nor_on_the_hub_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"^no path '{name}', and not found on the Hub [(].+[)]$") as error:
+        ssl_c2f.create_model(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("vit_tiny", 1.0), ("ast_tiny", 2.0), ("ssast_frame_tiny", 2.0)])
+def test_models_by_name_normalise_as_their_kind_does(name: str, factor: float) -> None:
+    model = ssl_c2f.create_model(name, clip_seconds=0.3)
+    assert [*model.weights.statistics.values()] == [Statistics(*AUDIOSET, factor)]

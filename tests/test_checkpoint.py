@@ -87,9 +87,10 @@ def test_leftovers_are_ignored_and_then_removed(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is checkpoint.newest(tmp_path / "missing") is None
     (tmp_path / ".tmp-step-00000009").mkdir()
     (tmp_path / ".tmp-step-00000009" / "state.json").write_text("{")
+    (tmp_path / "step-old").mkdir()  # somebody's own
     assert checkpoint.newest(tmp_path) is None
     path = checkpoint.save(tmp_path, 9, {"model": {}}, {}, None, keep=1)
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "step-old"]
 
 
 def test_a_step_is_written_once(tmp_path: Path) -> None:

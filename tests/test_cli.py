@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,7 @@ def tiny_config(tmp_path: Path) -> str:
         ("model.patch_f=20", "patch_f 20"), ("audio.f_max=9000", "f_max"), ("phases.7.steps=3", "phases.7"),
         ("objective={name: supervised}", "ssl_c2f train"), ("audio.clip_seconds=0.01", "window"),
         ("phases.0.steps=null", "exactly one"), ("optim.lr", "CONFIG"), ("model.width=30", "multiple"),
+        ("objective.decoder_heads=3", "multiple of decoder_heads 3"), ("optim.betas=[1.0,0.95]", "optim.betas.0"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -104,13 +106,19 @@ def test_wrong_options_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_folders_are_one_line(tiny_config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_folders_are_one_line(
+    tiny_config: str, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("no audio")
     for root, said in (("missing", "missing"), ("empty", "empty"), ("file.txt", "file.txt")):
         line = error(["pretrain", tiny_config, f"data.root={tmp_path / root}", f"run_dir={tmp_path / 'run'}"], capsys)
         assert said in line
     assert "data.root" in error(["pretrain", tiny_config, f"run_dir={tmp_path / 'run'}"], capsys)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.yaml").write_text("colour: blue")
+    words = ["pretrain", tiny_config, f"data.root={sounds}", f"run_dir={tmp_path / 'theirs'}"]
+    assert "theirs/config.yaml is not the config of a run" in error(words, capsys)
 
 
 def bad_recordings(folder: Path) -> set[str]:
@@ -122,6 +130,8 @@ def bad_recordings(folder: Path) -> set[str]:
     soundfile.write(folder / "eight.wav", np.stack([noise] * 8, 1), 96_000)
     soundfile.write(folder / "short.wav", noise[:480], 16_000)
     soundfile.write(folder / "long.wav", np.zeros(7200 * 8000, np.int16), 8_000)  # two hours
+    soundfile.write(folder / "accent.wav", noise[:16_000], 16_000)
+    os.rename(folder / "accent.wav", os.fsencode(folder) + b"/caf\xe9.wav")  # as in a zip file of the nineties
     (folder / "text.wav").write_text("not audio at all")
     soundfile.write(folder / "empty.wav", noise[:0], 16_000)
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
@@ -143,7 +153,7 @@ def test_bad_recordings_end_no_run(tiny_config: str, tmp_path: Path, capsys: pyt
     assert "data.max_bad_files=1" in line
     assert cli.main(["data", "check", f"data.root={tmp_path / 'mixed'}"]) == 1
     out = capsys.readouterr().out
-    assert all(f"{name}: " in out for name in bad) and "7 good, 4 bad" in out
+    assert all(f"{name}: " in out for name in bad) and "8 good, 4 bad" in out
 
 
 def test_the_main_job(tiny_config: str, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from trained import CLASSES, damage, of, read_csv, write_sounds
 
 from ssl_c2f import metrics, progress
@@ -57,7 +59,36 @@ def test_scores_of_several_labels(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [(row["label"], row["predicted"]) for row in rows] == [("x;y", "x"), ("y", "y"), ("", "x"), ("x", "x")]
     print_scores(result | {"folds": {"1": {"map": 0.5}, "2": {"map": None}}})
     out = capsys.readouterr().out
-    assert "mAP 0.9167" in out and "fold 1 0.5000, fold 2 -; mean 0.5000 ± 0.0000" in out
+    low, high = result["interval"]
+    assert 0 <= low < result["map"] < high <= 1 and f"mAP 0.9167 (95 % interval {low:.4f} to {high:.4f}), AUC" in out
+    assert "fold 1 0.5000, fold 2 -; mean 0.5000 ± 0.0000" in out
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
+def test_precision_of_a_resample_is_that_of_its_clips(rows: list[tuple[int, bool, int]]) -> None:
+    score, label, count = (np.array(column) for column in zip(*rows, strict=True))
+    found = metrics.counted_precision(score.astype(float), label, count[:, None].astype(np.uint8))
+    clips = [torch.from_numpy(np.repeat(column, count))[:, None] for column in (score, label)]
+    wanted = metrics.multi_label(clips[0], clips[1])["map"]
+    np.testing.assert_allclose(found, [wanted], rtol=1e-9, equal_nan=True)
+
+
+def test_the_interval_of_map_is_as_wide_as_other_recordings_would_have_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        labels = (torch.rand(n, 3, generator=generator) < 0.3).float()
+        return labels + torch.randn(n, 3, generator=generator), labels
+
+    values = [metrics.multi_label(*draw(100))["map"] for _ in range(100)]
+    scores, labels = draw(100)
+    value = metrics.multi_label(scores, labels)["map"]
+    low, high = metrics.map_interval(value, scores, labels)
+    assert low < value < high and (high - low) / 2 == pytest.approx(1.96 * np.std(values), rel=0.3)
+    assert metrics.map_interval(value, scores, labels) == (low, high)
+    once = torch.cat([labels, torch.eye(100)[:, :1]], 1)  # of many resamples' clips none has the fourth class
+    assert metrics.map_interval(value, torch.cat([scores, scores[:, :1]], 1), once)[0] < value
+    assert "interval" not in summarise(scores, torch.zeros(100, 3), CLASSES)
 
 
 def test_confusion_of_few_and_of_many_classes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ssl_c2f
 from ssl_c2f import cli
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Statistics
 from ssl_c2f.export import export
@@ -54,6 +55,17 @@ def logits(weights: Weights, waveform: Tensor) -> Tensor:
     with torch.no_grad():
         found: Tensor = rebuild(weights).logits(batch)  # type: ignore[union-attr, operator]
     return found
+
+
+def test_a_model_in_python_normalises_as_its_weights_say(tiny_ast: Path) -> None:
+    """The factor 2 of published weights too."""
+    weights, model = load_weights(tiny_ast), ssl_c2f.create_model(tiny_ast)
+    waveform = 0.1 * torch.randn(2, weights.geometry.clip_samples)
+    with torch.no_grad():
+        torch.testing.assert_close(model(waveform), logits(weights, waveform))
+        (own,) = weights.statistics.values()
+        other = replace(weights, statistics={weights.geometry.digest(): replace(own, factor=1.0)})
+        assert own.factor == 2 and not torch.allclose(logits(other, waveform), logits(weights, waveform), rtol=0.01)
 
 
 def same(a: Weights, b: Weights) -> bool:

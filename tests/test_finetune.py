@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_step import before
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.manifest import scan
 from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults, finetune
 from ssl_c2f.objectives.supervised import Supervised
+from ssl_c2f.options import UserError
 from ssl_c2f.weights import load_weights
 
 
@@ -65,3 +68,17 @@ def test_from_scratch_is_without_the_checkpoints_weights(autoencoder: Path, tone
     assert len(carried) > 10 and not any(carried.values())
     assert not list(tmp_path.rglob("transfer.json"))
     assert json.loads((tmp_path / "scores.json").read_text())["from_scratch"]
+
+
+def test_folds_of_another_checkpoint_are_refused(autoencoder: Path, tones: Path, tmp_path: Path) -> None:
+    """Scores over all folds would be told as those of one checkpoint."""
+    run = shutil.copytree(autoencoder, tmp_path / "run")
+    finetune(run, tuning(run, tones, tmp_path / "tuned", folds=[1]))
+    run = run.rename(tmp_path / "moved")
+    finetune(run, tuning(run, tones, tmp_path / "tuned", folds=[1, 2]))
+    (old,) = run.glob("phases/0-only/checkpoints/step-*")
+    shutil.copytree(old, old.with_name("step-00000009"))
+    with pytest.raises(UserError, match=r"was fine-tuned from \S+/step-00000004, and this is \S+/step-00000009"):
+        finetune(run, tuning(run, tones, tmp_path / "tuned", folds=[1, 2, 3]))
+    assert not (tmp_path / "tuned/fold-3").exists()
+    finetune(run, tuning(run, tones, tmp_path / "other", folds=[3]))

@@ -126,7 +126,24 @@ def test_real_tokens_are_those_with_a_real_column(seconds: float, factor: int, s
         assert [start < columns for start in first] == (mask[0].tolist() if mask is not None else [True] * len(first))
 
 
-# --- attention
+# --- the encoder and its attention
+
+
+def test_every_weight_learns() -> None:
+    g = geometry_of(seconds=1.3)
+    torch.manual_seed(0)
+    objective = build_objective(SMALL, SupervisedOptions(), g, 3).eval()
+    torch.nn.init.normal_(objective.head.classifier.weight)  # type: ignore[union-attr, arg-type]
+    spec, rows = torch.randn(2, g.num_frames, 64), torch.arange(2)
+    objective(Batch(spec, torch.full((2,), g.covered), rows, rows, torch.eye(3)[:2], g, False)).loss.backward()
+    assert [name for name, p in objective.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_embedded_patches_are_normalised() -> None:
+    """Without biases, how loud all of them are makes no difference."""
+    g = geometry_of(seconds=1.3)
+    encoder, patches = HTSAT(SMALL, g).eval(), 5 * torch.randn(2, g.num_tokens, g.patch_dim)
+    torch.testing.assert_close(encoder(3 * patches), encoder(patches), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("grid", [(16, 24), (8, 14), (4, 12), (13, 21), (3, 5)])

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ssl_c2f import checkpoint, cli
-from ssl_c2f.weights import find_checkpoint, load_weights
+from ssl_c2f.weights import find_checkpoint, initial_weights, load_weights, rebuild
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +81,24 @@ def test_what_cannot_be_started_from(
     assert train("train", "supervised", sounds, tmp_path / "run", *words) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("ssl_c2f: ") and said in last
+
+
+def test_heads_are_those_of_timms_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a cache of the Hub's, which a network would have filled. It is 64 wide and has two heads, not one."""
+    theirs = timm.create_model("test_vit")
+    repository = tmp_path / ("models--" + theirs.pretrained_cfg["hf_hub_id"].replace("/", "--"))
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    safetensors.torch.save_file(theirs.state_dict(), repository / "snapshots" / ("0" * 40) / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    weights = initial_weights("test_vit")
+    model = weights.options["model"]
+    assert (model["width"], model["depth"], model["heads"]) == (64, 6, 2) and weights.statistics == {}
+    assert torch.equal(weights.state["encoder.blocks.5.mlp.fc2.weight"], theirs.state_dict()["blocks.5.mlp.fc2.weight"])
+    block, tokens = rebuild(weights).encoder.blocks[3], torch.randn(2, 9, 64)
+    torch.testing.assert_close(block(tokens), theirs.eval().blocks[3](tokens))
 
 
 def test_offline_is_one_line(

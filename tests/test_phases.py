@@ -126,7 +126,7 @@ def test_what_a_phase_leaves_out_is_the_runs() -> None:
     ]).phases
     assert (bare.lr, bare.mask_ratio, bare.mask_shape, bare.warmup_steps, bare.steps) == (1e-3, 0.75, "uniform", 2, 8)
     assert (full.lr, full.mask_ratio, full.mask_shape, full.warmup_steps, full.time_factor) == (2.0, 0.5, "time", 1, 4)
-    assert (bare.folder, full.folder, full.first_step, full.first_sample) == ("0-a", "1-b", 8, 80)
+    assert (full.index, full.name, full.first_step, full.first_sample) == (1, "b", 8, 80)
 
 
 @given(st.sets(st.sampled_from(LENGTHS)))

@@ -1,4 +1,4 @@
-"""Each masked objective through three phases: resumed at every step, and learning what it is there for."""
+"""Each objective through three phases: resumed at every step, and learning what it is there for."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ SMALL = {
     "ssast": "objective={name: ssast, passes: two}",
     "latent": "objective={name: latent, views: 2, decay: [0.5, 0.9], decoder_width: 8, decoder_depth: 1,"
               " decoder_groups: 2}",
+    "supervised": "objective={name: supervised}",
 }
 
 
@@ -43,24 +44,38 @@ def test_interrupted_equals_straight(name: str, compression: str, sounds: Path, 
         assert not first[teacher].equal(last[teacher]) and not last[teacher].equal(last["encoder" + teacher[7:]])
 
 
+def test_the_teachers_decay_rises_once_in_a_run_and_not_in_every_phase(sounds: Path, tmp_path: Path) -> None:
+    """At the ramp's end the teacher stands still: from the second phase on, which begins behind it."""
+    o = run_options(sounds, SMALL["latent"], "objective.decay=[0.5,1.0]", "objective.decay_ramp=0.3")
+    coarse, middle, fine = (checkpoint.load(folder).model for folder in checkpoints(go(o, tmp_path)))
+    for part, stands in (("teacher", True), ("encoder", False)):
+        name = f"{part}.blocks.0.attn.qkv.weight"
+        assert coarse[name].equal(middle[name]) == middle[name].equal(fine[name]) == stands
+    name = "blocks.0.attn.qkv.weight"
+    assert not coarse[f"teacher.{name}"].equal(coarse[f"encoder.{name}"])
+
+
 def debug_options(name: str, root: Path, *overrides: str) -> RunOptions:
     file = ROOT / f"configs/debug/{name}.yaml"
-    return options.load(config.PretrainOptions, file, [f"data.root={root}", *overrides])
+    model = config.TrainOptions if name == "supervised" else config.PretrainOptions
+    return options.load(model, file, [f"data.root={root}", *overrides])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("name", ["mae", "ssast", "latent"])
+@pytest.mark.parametrize("name", ["mae", "ssast", "latent", "supervised"])
 def test_debug_configs_run_three_phases(name: str, compression: str, sounds: Path, tmp_path: Path) -> None:
     o = debug_options(name, sounds, f"compression={compression}")
     lines = records(go(o, tmp_path))
     assert [line["step"] for line in lines if "grad_norm" in line] == list(range(1, 19))
-    scores: list[dict[str, Any]] = [line for line in lines if "val/knn_accuracy" in line]
+    kind = "val/accuracy" if name == "supervised" else "val/knn_accuracy"
+    scores: list[dict[str, Any]] = [line for line in lines if kind in line]
     assert len(scores) == 3
-    assert all(("val/loss" in line) == (name != "latent") for line in scores)
+    assert all(("val/loss" in line) == (name in ("mae", "ssast")) for line in scores)
+    wanted = {"supervised": set(), "latent": {"input", "kept"}}.get(name, {"input", "kept", "reconstruction"})
     for phase in ("0-coarse", "1-middle", "2-fine"):
         shown = {file.stem.partition("-")[2] for file in (tmp_path / "phases" / phase / "pictures").glob("*.png")}
-        assert shown == {"input", "kept"} | ({"reconstruction"} if name != "latent" else set())
+        assert shown == wanted
     whole = weights(tmp_path)
     parts = tmp_path / "parts"
     to_the_end_in_steps(o, parts)
@@ -71,6 +86,7 @@ LARGER: dict[str, dict[str, Any]] = {
     "mae": {"name": "mae", "decoder_width": 32, "decoder_depth": 1},
     "ssast": {"name": "ssast"},
     "latent": {"name": "latent", "decay": [0.99, 0.999], "decoder_width": 32, "decoder_depth": 3, "decoder_groups": 8},
+    "supervised": {"name": "supervised"},
 }
 
 
@@ -100,6 +116,8 @@ def test_32_clips_are_learned_by_heart(name: str, tmp_path: Path) -> None:
         assert last["mse"] < 0.35
     if name == "latent":
         assert last["std_of_l2_normalized"] > 0.5 * first["std_of_l2_normalized"]
+    if name == "supervised":
+        assert first["accuracy"] < 0.5 and last["accuracy"] > 0.95
 
 
 @pytest.mark.slow

@@ -14,10 +14,12 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ssl_c2f import cli
-from ssl_c2f.data.front_end import Batch, Statistics
+from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Statistics
+from ssl_c2f.export import export
 from ssl_c2f.masking import Mask
 from ssl_c2f.models import published
 from ssl_c2f.models.patches import patchify
@@ -151,15 +153,83 @@ def test_any_renamed_or_missing_tensor_fails(name: str, tmp_path: Path) -> None:
     assert kind(state) == name
     dropped = next(kind.dropped for kind in published.KINDS if kind.name == name)
     for key in state:
-        if "blocks.0" in key or any(re.fullmatch(pattern, key.removeprefix("module.")) for pattern in dropped):
+        if any(re.fullmatch(pattern, key.removeprefix("module.")) for pattern in dropped):
             continue
         rest = {other: value for other, value in state.items() if other != key}
         with pytest.raises(UserError, match=r"weights\.pth") as error:
             kind({**rest, f"{key[:-1]}_": state[key]})
         assert "\n" not in str(error.value)
         if not re.search(r"dist_token|mask_embed|[cg]pred", key):  # without these it is another kind, or less of one
-            with pytest.raises(UserError):
+            with pytest.raises(UserError, match=r"weights\.pth") as error:
                 kind(rest)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TINY, "Hugging Face AST"])
+def test_any_misshaped_tensor_fails(name: str, tmp_path: Path) -> None:
+    """Of too many axes, of too few, of another size, and of none: by one line that names the tensor or what is ours."""
+    state = TINY[name]() if name in TINY else in_transformers_names(tmp_path)
+    dropped = next(kind.dropped for kind in published.KINDS if kind.name == name)
+    for key, value in state.items():
+        if any(re.fullmatch(pattern, key.removeprefix("module.")) for pattern in (*dropped, "p_input_fdim")):
+            continue
+        for wrong in (value[None], value.flatten()[0], value[:0], value.transpose(0, -1), torch.cat([value, value])):
+            if value.shape == wrong.shape:
+                continue
+            torch.save(state | {key: wrong}, tmp_path / "weights.pth")
+            with pytest.raises(UserError, match=r"weights\.pth: ") as error:
+                import_published(tmp_path / "weights.pth", SMALL)
+            assert "\n" not in str(error.value)
+
+
+def in_transformers_names(folder: Path) -> foreign.State:
+    converted(foreign.ast(), folder, f"num_mels={foreign.MELS}")
+    export(folder / "ours", "hf", folder / "hf")
+    return load_file(folder / "hf/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [
+        ("v.cls_token", (1, 64), "AST: v.cls_token has shape (1, 64), not (1, 1, D) with D = 64"),
+        ("v.pos_embed", (16, 64), "AST: v.pos_embed has shape (16, 64), not (1, N, D) with D = 64"),
+        ("v.pos_embed", (1, 2, 64), "AST: pos_embed has positions of 2 class tokens and of no patch"),
+        ("v.patch_embed.proj.weight", (64, 256), "patch_embed.proj.weight has shape (64, 256), not (D, C, F, T)"),
+        ("v.blocks.1.mlp.fc1.weight", (256,), "blocks.1.mlp.fc1.weight has shape (256,), not (H, D) with D = 64"),
+        ("mlp_head.1.bias", (), "AST: mlp_head.1.bias has shape (), not (C)"),
+        ("v.blocks.1.norm2.bias", (65,), "encoder.blocks.1.norm2.bias has (65,), our model (64,)"),
+        ("v.blocks.0.mlp.fc1.weight", None, "AST: blocks.0.mlp.fc1.weight is missing"),
+        ("v.blocks.1.attn.qkv.bias", None, "AST: blocks.1.attn.qkv.bias is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_tensor_is_said(
+    key: str, shape: tuple[int, ...] | None, said: str, tmp_path: Path
+) -> None:
+    state = foreign.ast()
+    del state[f"module.{key}"]
+    torch.save(state if shape is None else state | {f"module.{key}": torch.zeros(shape)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError) as error:
+        import_published(tmp_path / "weights.pth", SMALL)
+    assert str(error.value).startswith(f"{tmp_path / 'weights.pth'}: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("AST", {"num_mels": 8}, "8 mel bins are less than the 16 of a patch: give num_mels"),
+        ("AudioMAE", {"num_mels": 8}, "8 mel bins are less than the 16 of a patch: give num_mels"),
+        ("timm ViT", {"num_mels": 32, "frames": 8}, "8 frames are less than the 16 of a patch"),
+        ("AST", {"num_mels": 32, "heads": 5}, "weights.pth: width 64 is no multiple of heads 5"),
+        ("AST", {"num_mels": 32, "stride_f": 20, "stride_t": 20}, "weights.pth: stride 20x20 leaves gaps"),
+        ("AST", {"num_mels": 64, "stride_f": 10}, "14 positions are no whole number of columns of 5"),
+    ],
+)
+def test_what_cannot_be_is_one_line(name: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    torch.save(TINY[name](), tmp_path / "weights.pth")
+    with pytest.raises(UserError) as error:
+        import_published(tmp_path / "weights.pth", ImportOptions(**options))
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -248,6 +318,42 @@ def test_the_stride_of_ast_is_said_or_given(tmp_path: Path) -> None:
     assert weights.geometry.grid == (2, 7) and any("stride 10x10 taken" in line for line in weights.notes)
     given = SMALL.model_copy(update={"stride_f": 16, "stride_t": 16})
     assert import_published(tmp_path / "ast.pth", given)[0].geometry.overlaps is False
+
+
+@pytest.mark.parametrize("side", ["stride_f", "stride_t"])
+def test_one_side_of_the_stride_is_enough(side: str, tmp_path: Path) -> None:
+    """AST's is the same both ways; elsewhere patches do not overlap on the other side."""
+    torch.save(foreign.ast(stride=16), tmp_path / "ast.pth")
+    weights, _ = import_published(tmp_path / "ast.pth", SMALL.model_copy(update={side: 16}))
+    assert (weights.geometry.stride_f, weights.geometry.stride_t) == (16, 16) and weights.geometry.grid == (2, 5)
+    assert any(f"stride 16x16 taken, of which {side} was given" in line for line in weights.notes)
+    torch.save(foreign.audiomae(), tmp_path / "mae.pth")
+    weights, _ = import_published(tmp_path / "mae.pth", SMALL.model_copy(update={side: 8 if side == "stride_t" else 4}))
+    assert (weights.geometry.stride_f, weights.geometry.stride_t) == ((16, 8) if side == "stride_t" else (4, 16))
+
+
+def test_guessed_heads_are_said(tmp_path: Path) -> None:
+    torch.save(foreign.ast(), tmp_path / "ast.pth")
+    weights, _ = import_published(tmp_path / "ast.pth", SMALL)
+    assert any("heads 1 taken, which the file does not say" in line for line in weights.notes)
+    weights, _ = import_published(tmp_path / "ast.pth", SMALL.model_copy(update={"heads": 4}))
+    assert weights.options["model"]["heads"] == 4 and not any("heads 4" in line for line in weights.notes)
+
+
+def test_what_transformers_does_not_normalise_we_do_not_either(tmp_path: Path) -> None:
+    in_transformers_names(tmp_path)
+    file = tmp_path / "hf/preprocessor_config.json"
+    facts = json.loads(file.read_text())
+    assert facts["do_normalize"] is True
+    file.write_text(json.dumps(facts | {"do_normalize": False}))
+    weights = load_weights(tmp_path / "hf")
+    (statistics,) = weights.statistics.values()
+    waveform, rows = 0.1 * torch.randn(1, weights.geometry.clip_samples), torch.arange(1)
+    front_end = FrontEnd(weights.geometry, statistics)
+    items = Items(waveform, torch.tensor([waveform.shape[1]]), rows, rows, torch.zeros(1, 0))
+    plain = front_end.log_mel(waveform)
+    assert torch.equal(front_end(items).spec[:, : plain.shape[1]], plain)
+    assert any("preprocessor_config.json does not normalise" in line for line in weights.notes)
 
 
 def test_convert_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import re
@@ -22,6 +23,7 @@ from report_runs import make_run, write
 from ssl_c2f.options import UserError
 from ssl_c2f.report import write_page
 from ssl_c2f.report.read import read_runs
+from ssl_c2f.report.sections import overview
 from ssl_c2f.report.series import Log, curve, read_log, tokens_per_step
 
 VOID = {"meta", "link", "input", "img"}
@@ -69,14 +71,14 @@ def page_of(*runs: Path) -> Page:
 def test_a_complete_run_shows_everything(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "full"))
     for wanted in (
-        "full", "complete", "3 of 3", "50.0 %", "75.0 %", "70.0 to 80.0 %", "1 copied, 1 resized", "pseudo-inverse",
-        "ssl_c2f pretrain", "dog/1.wav", "probed on esc", "frames of 10 ms", "30 TFLOPs",
+        "full", "complete", "3 of 3", "50.0 %", "87.5 %", "70.0 to 90.0 %", "80.0, 95.0", "1 copied, 1 resized",
+        "pseudo-inverse", "ssl_c2f pretrain", "dog/1.wav", "probed on esc", "frames of 10 ms", "30 TFLOPs",
     ):
         assert wanted in page.text, wanted
     assert "What is missing" not in page.text
     assert set(page.data["runs"][0]["curves"]) == {"validation", "probe", "loss", "lr", "mask", "tokens"}
     assert [band["flops"] for band in page.data["runs"][0]["bands"]] == [1e13, 2e13, 3e13]
-    assert page.data["matrices"]["default"]["counts"] == [[3, 1], [1, 3]]
+    assert page.data["matrices"]["default"]["counts"] == [[3, 1], [0, 4]]
     assert page.tags.count("audio") == 1 and page.tags.count("img") == 3
 
 
@@ -91,6 +93,33 @@ def test_objectives_without_a_comparable_loss_or_with_other_accuracies(tmp_path:
     assert set(curves) == {"probe", "loss", "lr", "mask", "tokens", "spread"}
     assert curves["probe"] == page_of(make_run(tmp_path / "plain")).data["runs"][0]["curves"]["probe"]
     assert "its teacher moves" in page.text
+
+
+def test_the_best_fine_tuning_is_of_the_runs_own_weights_and_of_one_metric(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for name, scores in {
+        "finetune/better": {"accuracy": 0.9}, "finetune/scratch": {"accuracy": 0.97, "from_scratch": True},
+        "finetune/tags": {"map": 0.99}, "evaluation/all": {"accuracy": 0.98},
+    }.items():
+        write(run / name / "scores.json", scores)
+    assert "90.0 %" in overview(read_runs([run])) and "evaluated on all" in page_of(run).text
+    for name in ("default", "better"):
+        shutil.rmtree(run / "finetune" / name)
+    assert "99.0 % mAP" in overview(read_runs([run]))
+    shutil.rmtree(run / "finetune" / "tags")
+    assert "98.0 %" not in overview(read_runs([run])) and "97.0 %" not in overview(read_runs([run]))
+
+
+def test_no_file_from_elsewhere_gets_into_the_page(tmp_path: Path) -> None:
+    """Whoever sends a run could else have the page of it show files of whoever opens it."""
+    run, secret = make_run(tmp_path / "run"), tmp_path / "secret"
+    secret.write_text("planted")
+    pictures = run / "phases" / "0-coarse" / "pictures"
+    clip = {"clip": "dog", "pictures": {"a": "../../../../secret", "b": str(secret), "c": "..", "d": "x/0-input.png"}}
+    write(pictures / "pictures.json", {"clips": [clip | {"sound": "../../../../secret"}]})
+    (shown,) = read_runs([run])[0].phases[0].clips
+    assert list(shown.pictures) == ["d"] and shown.sound is None
+    assert base64.b64encode(b"planted").decode() not in page_of(run).source
 
 
 def test_the_page_needs_no_network(tmp_path: Path) -> None:

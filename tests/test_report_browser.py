@@ -61,15 +61,33 @@ def js(chrome: Any, code: str) -> Any:
 
 def download(chrome: Any, button: str, file: str) -> str:
     """Click a button and read what it saves."""
+    path = chrome.downloads / file
+    path.unlink(missing_ok=True)  # a second one would get another name
     found = chrome.find_element("css selector", button)
     chrome.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
     found.click()
-    path = chrome.downloads / file
-    for _ in range(100):
-        if path.exists():
-            return path.read_text()
-        time.sleep(0.05)
-    raise AssertionError(f"{file} was not saved, but {list(chrome.downloads.iterdir())}")
+    until = time.monotonic() + 20
+    while not is_saved(path):
+        assert time.monotonic() < until, f"{file} was not saved, but {list(chrome.downloads.iterdir())}"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a download is complete: Chromium reserves its name with an empty file, writes another, and renames it."""
+    return path.exists() and path.stat().st_size > 0 and not list(path.parent.glob("*.crdownload"))
+
+
+def test_a_download_is_not_read_too_early(tmp_path: Path) -> None:
+    path, part = tmp_path / "a.csv", tmp_path / "Unconfirmed 1.crdownload"
+    assert not is_saved(path)
+    path.touch()
+    assert not is_saved(path)
+    part.write_text("half")
+    path.write_text("half")
+    assert not is_saved(path)
+    part.replace(path)
+    assert is_saved(path)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +179,20 @@ def test_figures_and_tables_are_saved(chrome: Any, page: Path) -> None:
     assert js(chrome, "getComputedStyle(document.querySelector('.line')).stroke") == "rgb(0, 103, 168)"
 
 
+def test_classes_are_in_their_places(chrome: Any, page: Path) -> None:
+    show(chrome, page)
+    place = "[data-name='b/default']"
+    bars = f"[...document.querySelectorAll(\"[data-kind=bars]{place} text\")].map((t) => t.textContent)"
+    assert js(chrome, bars) == ["cat", "75 %", "dog", "100 %"]
+    name = "-b-a-b-c-{}-b-default.csv"
+    matrix = download(chrome, f"[data-kind=matrix]{place} [data-save=csv]", name.format("confusion-matrix"))
+    assert matrix.splitlines() == [r"label \ predicted,cat,dog", "cat,3,1", "dog,0,4"]
+    titles = f"[...document.querySelectorAll(\"[data-kind=matrix]{place} title\")].map((t) => t.textContent)"
+    assert js(chrome, titles) == ["cat as cat: 3", "cat as dog: 1", "dog as cat: 0", "dog as dog: 4"]
+    recall = download(chrome, f"[data-kind=bars]{place} [data-save=csv]", name.format("recall-per-class"))
+    assert recall.splitlines() == ["class,recall", "cat,0.75", "dog,1"]
+
+
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_sticks_out_and_everything_can_be_read(chrome: Any, page: Path, width: int, dark: bool) -> None:
@@ -190,6 +222,36 @@ def test_a_long_run_opens_fast(chrome: Any, tmp_path: Path) -> None:
     assert show(chrome, page) < 2.0
     assert js(chrome, "document.querySelectorAll('[data-name=loss] .spread').length") == 1
     assert chrome.get_log("browser") == []
+
+
+@pytest.mark.parametrize("count", [60, 309])
+def test_many_classes_stay_readable(chrome: Any, tmp_path: Path, count: int) -> None:
+    run, classes = make_run(tmp_path / "many"), [f"class number {i}" for i in range(count)]
+    counts = [[20 if i == j else int((i + j) % 7 == 0) for j in range(count)] for i in range(count)]
+    counts[3][4], counts[5][2] = 9, 12
+    recall = {name: i / count for i, name in enumerate(classes)} | {classes[9]: None}
+    scores = {"accuracy": 0.5, "classes": classes, "confusion": counts, "recall": recall}
+    write(run / "finetune" / "default" / "scores.json", scores)
+    assert show(chrome, write_page([run], tmp_path / "page.html"), 390) < 2.0
+    assert chrome.get_log("browser") == []
+    assert js(chrome, "document.documentElement.scrollWidth") <= 390
+    widths = "[...document.querySelectorAll('.plot rect')].map((r) => r.width.baseVal.value)"
+    assert js(chrome, f"Math.min(...{widths})") >= 0
+    assert js(chrome, "document.querySelectorAll('.plot *').length") < 12_000
+    bars = js(chrome, "[...document.querySelectorAll('[data-kind=bars] text')].map((t) => t.textContent)")
+    if count == 60:
+        assert len(bars) == 2 * count and bars[18:20] == [classes[9], "-"]
+        return
+    assert bars[:4] == [classes[308], "100 %", classes[307], "99 %"] and bars[-2:] == [classes[0], "0 %"]
+    assert len(bars) == 2 * 40 + 1
+    pairs = js(chrome, "[...document.querySelectorAll('[data-kind=pairs] text')].map((t) => t.textContent)")
+    assert pairs[0::2][:2] == ["class number 5 as class number 2", "class number 3 as class number 4"]
+    assert pairs[1] == f"12 of {sum(counts[5])}" and len(pairs) == 2 * 30
+    assert "20 lowest of 309" in js(chrome, "document.body.textContent")
+    rows = download(chrome, "[data-kind=pairs] [data-save=csv]", "many-confused-most-often-default.csv").splitlines()
+    assert len(rows) == 310 and rows[6].split(",")[:4] == [classes[5], "0", "0", "12"]
+    rows = download(chrome, "[data-kind=bars] [data-save=csv]", "many-recall-per-class-default.csv").splitlines()
+    assert len(rows) == 310 and rows[10] == f"{classes[9]},"
 
 
 def test_an_empty_run_opens(chrome: Any, tmp_path: Path) -> None:

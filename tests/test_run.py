@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,16 @@ def test_a_second_writer_is_refused_and_told_who_holds_the_folder(run: RunFolder
             pass
     with run.lock() as previous:
         assert previous is None
+
+
+def test_one_that_looks_whether_a_run_is_locked_stops_no_writer(run: RunFolder) -> None:
+    with run.lock():
+        pass
+    looking = open(run.path / "lock")  # noqa: SIM115 (closed by the timer)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.2, looking.close).start()
+    with run.lock() as previous:
+        assert previous is None and looking.closed
 
 
 def test_the_lock_of_a_killed_process_is_noticed(run: RunFolder) -> None:

@@ -149,6 +149,12 @@ def _errors(model: SSAST, batch: Batch, hidden: Tensor) -> list[tuple[int, Tenso
     return found
 
 
+def test_drawing_weighs_ten_times_as_much_as_published() -> None:
+    model = ssast()
+    result = model(masked([8000, 3000], model))
+    torch.testing.assert_close(result.loss.detach(), result.metrics["nce"] + 10 * result.metrics["mse"])
+
+
 @each_passes
 def test_the_losses_share_a_pass_or_have_their_own_masks(passes: str) -> None:
     model, calls = ssast(passes=passes), []

@@ -19,7 +19,7 @@ from wandb_stub import KEY, WandbStub
 
 from ssl_c2f import wandb_run
 from ssl_c2f.options import UserError
-from ssl_c2f.tracking import Identity, Tracker, TrackingOptions, cut_back
+from ssl_c2f.tracking import AXES, Identity, Tracker, TrackingOptions, cut_back
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_a_file_is_cut_back_to_the_checkpoint(
     file = tmp_path_factory.mktemp("m") / "metrics.jsonl"
     file.write_bytes(b"".join(b'{"step": %d}\n' % step for step in steps) + tail)
     kept = [step for step in steps if resume is None or step <= resume]
-    assert cut_back(file, resume) == len(kept)
+    assert cut_back(file, resume) == ({"step": kept[-1]} if kept else {})
     assert [record["step"] for record in lines(file.parent)] == kept
 
 
@@ -117,7 +117,7 @@ def test_a_resumed_offline_run_is_one_whole_file_under_the_same_id(tmp_path: Pat
         tracker.finish()
     found = sent(tmp_path)
     assert ids[0] == ids[1]
-    assert [(record["step"], record["_step"]) for record in found] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+    assert [(record["step"], record["_step"]) for record in found] == [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]
     assert [str(record["loss"]) for record in found] == ["1", "nan", "1", "1", "1"]
 
 
@@ -145,10 +145,10 @@ tracker.finish()
 
 @pytest.mark.slow
 def test_the_server_gets_what_it_missed_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def go(resume_step: int, last: int) -> list[tuple[int, int]]:
+    def go(resume_step: int, last: int, log_every: int = 1) -> list[tuple[int, int]]:
         tracker = track(tmp_path / "run", "online", resume_step=resume_step, timeout_seconds=30.0)
         assert tracker.wandb.run is not None and not tracker.wandb.run.offline
-        for step in range(resume_step + 1, last + 1):
+        for step in range(resume_step + log_every, last + 1, log_every):
             tracker.log({"phase": "coarse", "step": step})
         tracker.finish()
         (run,) = stub.runs.values()
@@ -157,11 +157,19 @@ def test_the_server_gets_what_it_missed_and_nothing_twice(tmp_path: Path, monkey
     with WandbStub() as stub:
         for name, value in stub.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
-        assert go(0, 4) == [(i, i + 1) for i in range(4)]
+        assert go(0, 4) == [(2 * step, step) for step in range(1, 5)]
         with open(tmp_path / "run/metrics.jsonl", "a") as file:  # it was killed before W&B had sent these
             file.writelines(json.dumps({"phase": "coarse", "step": step}) + "\n" for step in (5, 6))
-        assert go(5, 7) == [(i, i + 1) for i in range(7)]
-        assert go(3, 8) == [(i, i + 1) for i in range(8)], "the server had the steps that were rolled back"
+        assert go(5, 7) == [(2 * step, step) for step in range(1, 8)]
+        steps = range(1, 9)
+        assert go(3, 8) == [(2 * step, step) for step in steps], "the server had the steps that were rolled back"
+        steps = [*steps, 10, 12]
+        assert go(2, 12, log_every=2) == [(2 * step, step) for step in steps], "which are fewer lines now"
+        (run,) = stub.runs.values()
+        metrics = run.config["_wandb"]["m"]  # as define_metric codes them: 1 name, 2 pattern, 5 place of its axis
+        (rest,) = [metric for metric in metrics if metric.get("2") == "*"]
+        assert {metric["1"] for metric in metrics if "1" in metric} == set(AXES)
+        assert metrics[rest["5"] - 1]["1"] == AXES[0], "the order of W&B's own steps says nothing"
 
 
 def test_records_of_other_phases_are_not_replayed(tmp_path: Path) -> None:
@@ -169,7 +177,7 @@ def test_records_of_other_phases_are_not_replayed(tmp_path: Path) -> None:
     tracker = track(tmp_path, "offline", resume_step=None)
     tracker.log({"phase": "coarse", "step": 3})
     tracker.finish()
-    assert [(record["step"], record["_step"]) for record in sent(tmp_path)] == [(2, 1), (3, 2)]
+    assert [(record["step"], record["_step"]) for record in sent(tmp_path)] == [(2, 4), (3, 6)]
 
 
 def test_pictures_and_artifacts(tmp_path: Path) -> None:

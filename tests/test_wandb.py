@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,10 +83,10 @@ class Shell:
         return ("pretrain", "tiny.yaml", self.data, "data.val_folds=[5]", f"run_dir={self.run}", *more)
 
     def lines(self, phase: str) -> list[tuple[int, int]]:
-        """(number of the line, step) of a phase's records in metrics.jsonl."""
+        """(number of the row, step) of a phase's records in metrics.jsonl."""
         whole = (self.run / "metrics.jsonl").read_text().rpartition("\n")[0]
-        records = enumerate(map(json.loads, whole.splitlines()))
-        return [(number, record["step"]) for number, record in records if record["phase"] == phase]
+        records = [record for record in map(json.loads, whole.splitlines()) if record["phase"] == phase]
+        return [(2 * record["step"] + ("val/loss" in record), record["step"]) for record in records]
 
     def sync(self) -> None:
         """As often as it takes: on a busy machine W&B's own service may start too slowly for it, which is no error."""
@@ -178,6 +179,11 @@ def assert_report(shell: Shell, server: WandbStub) -> None:
     assert address.startswith(server.url)
     assert shell.do("report", str(shell.run), "--wandb").splitlines()[-1] == address
     (view,) = server.views.values()  # it was updated
+    other = shell.folder / "runs/other"
+    shutil.copytree(shell.run, other)
+    of_both = shell.do("report", str(shell.run), str(other), "--wandb").splitlines()[-1]
+    assert of_both != address and len(server.views) == 2
+    assert shell.do("report", str(shell.run), "--wandb").splitlines()[-1] == address and len(server.views) == 2
     blocks = json.loads(view["spec"])["blocks"]
     grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
     named = 0

@@ -63,19 +63,17 @@ class Corpus:
     main: bool = True  # whether this process writes them
     given: dict[str, Statistics] = field(default_factory=dict)  # statistics that come with a checkpoint, by digest
     factor: float = 1.0  # of the deviation in statistics that are measured; 2 behind published weights
-    note: Callable[[str], object] = lambda line: None
     progress: Callable[[int, int], object] | None = None  # of filling the cache: (clips done, clips)
     _sources: dict[str, Source] = field(default_factory=dict)
     _statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, options: DataOptions, seed: int, folder: Path | None, *, main: bool = True,
-             note: Callable[[str], object] = lambda line: None) -> Corpus:
+    def open(cls, options: DataOptions, seed: int, folder: Path | None, *, main: bool = True) -> Corpus:
         """Raises UserError: no audio, or an option that does not fit it."""
         manifest = open_manifest(options)
         bad = BadFiles(RunFolder(folder).bad_files if folder and main else None, options.max_bad_files)
         bad.add(manifest.bad)
-        return cls(manifest, *split(manifest, options), options, seed, bad, folder, main, note=note)
+        return cls(manifest, *split(manifest, options), options, seed, bad, folder, main)
 
     @property
     def num_classes(self) -> int:
@@ -88,10 +86,15 @@ class Corpus:
             source = Source(self.manifest, geometry)
             plain = FrontEnd(geometry, Statistics(0.0, 1.0))
             self._sources[digest] = fill_cache(
-                source, range(len(self.manifest.clips)), plain.log_mel, self.options.cache_gb, self.progress
+                source, range(len(self.manifest.clips)), plain.log_mel, self._free(), self.progress
             )
         cached = self._sources[digest]
         return Source(self.manifest, geometry, cached.cache, cached.damaged)
+
+    def _free(self) -> float:
+        """GB that are left for caching."""
+        specs = (spec for source in self._sources.values() for spec in source.cache.values())
+        return self.options.cache_gb - sum(4 * spec.numel() for spec in specs) / 1e9
 
     def forget(self) -> None:
         """Drop the cached spectrograms."""

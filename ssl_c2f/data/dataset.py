@@ -32,6 +32,7 @@ from ssl_c2f.options import Options, UserError
 
 _REPLACEMENTS = 100  # other clips tried in place of an unreadable one
 _CHUNK = 4096  # frames of a long recording that are computed at a time
+_THREADS = 16  # that do so at most: each holds a piece of a recording at its own rate
 
 
 class DataOptions(Options):
@@ -43,7 +44,7 @@ class DataOptions(Options):
     val_folds: tuple[int, ...] = Field((), description="folds held out for validation")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="share held out where no folds are; chosen by path")
     workers: int = Field(0, ge=0, description="loader processes; unused when the spectrograms are cached")
-    cache_gb: float = Field(4.0, ge=0, description="keep spectrograms in memory if they fit; 0 never does")
+    cache_gb: float = Field(4.0, ge=0, description="keep spectrograms in memory if they fit, per process; 0 never does")
     max_bad_files: int = Field(100, ge=0, description="unreadable files that are skipped before the run stops")
     statistics_clips: int = Field(2000, ge=1, description="clips that mean and deviation are measured on")
 
@@ -71,7 +72,7 @@ def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int
         held_out = [i for i in everything if manifest.clips[i].fold in options.val_folds]
     else:
         limit = int(options.val_fraction * 2**32)
-        digests = (hashlib.sha256(clip.path.encode()).digest() for clip in manifest.clips)
+        digests = (hashlib.sha256(os.fsencode(clip.path)).digest() for clip in manifest.clips)
         held_out = [i for i, digest in enumerate(digests) if int.from_bytes(digest[:4], "big") < limit]
     training = sorted(set(everything) - set(held_out))
     if not training:
@@ -146,16 +147,18 @@ def fill_cache(
 
     def compute(clip: int) -> Tensor | AudioError:
         try:
-            waveform = read_audio(source.place(clip), g.sample_rate)[None]
+            # Piece by piece: hours of many channels at a high rate are far larger than their spectrogram.
+            starts = range(0, g.raw_frames(source.length(clip)) * g.hop, _CHUNK * g.hop)
+            return torch.cat([
+                log_mel(read_audio(source.place(clip), g.sample_rate, s, (_CHUNK - 1) * g.hop + g.window)[None])[0]
+                for s in starts
+            ])
         except AudioError as error:
             return error
-        starts = range(0, g.raw_frames(waveform.shape[1]), _CHUNK)
-        chunks = [waveform[:, s * g.hop : (s + _CHUNK - 1) * g.hop + g.window] for s in starts]
-        return torch.cat([log_mel(chunk)[0] for chunk in chunks])
 
     cache: dict[int, Tensor] = {}
     damaged: dict[int, AudioError] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
         for done, (clip, spec) in enumerate(zip(clips, pool.map(compute, clips), strict=True), 1):
             if isinstance(spec, AudioError):
                 damaged[clip] = spec

@@ -113,8 +113,9 @@ def _open(place: Place) -> Iterator[SoundFile]:
     """A file with samples in it; whatever the decoder raises inside becomes an AudioError."""
     try:
         with ExitStack() as opened:
-            bytes_of = opened.enter_context(_Window(place)) if isinstance(place, Member) else place
-            file = opened.enter_context(SoundFile(bytes_of))
+            # as bytes: names that are not UTF-8 are refused otherwise
+            where = opened.enter_context(_Window(place)) if isinstance(place, Member) else os.fsencode(place)
+            file = opened.enter_context(SoundFile(where))
             if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
                 raise AudioError(place, "truncated")
             if not file.frames:

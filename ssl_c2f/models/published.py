@@ -101,7 +101,7 @@ class Facts:
     """What a state dict does not tell; None stands for what its kind has as a rule."""
 
     num_mels: int = 128
-    stride: tuple[int, int] | None = None
+    stride: tuple[int | None, int | None] = (None, None)  # mel bins, frames
     heads: int | None = None
     num_frames: int = 1024  # of which an image's positions are spread over
 
@@ -143,11 +143,11 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
     Class tokens get the positions that were added to them. What is ours is float32.
 
     Raises:
-        UserError: no known kind, or a name that its kind does not have.
+        UserError: no known kind, a name that its kind does not have, or a tensor that is missing or of another shape.
     """
     state, beside = _unwrapped(state)
     kind = recognise(state)
-    if "p_input_fdim" in state:
+    if "p_input_fdim" in state and state["p_input_fdim"].numel() == 1:
         facts = replace(facts, num_mels=int(state["p_input_fdim"]))
     encoder, result, dropped = _sorted(kind, state)
     dropped |= beside
@@ -155,11 +155,17 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
     _merge_qkv(encoder, how)
     if "fc_norm.weight" in encoder or "norm.weight" not in encoder:
         raise UserError(f"{kind.name}: norm.weight is missing (fine-tuning with fc_norm drops it: not supported)")
+    _complete(kind, encoder)
     kernel, table = (_need(kind, encoder, name) for name in ("patch_embed.proj.weight", "pos_embed"))
     tokens = [_need(kind, encoder, "cls_token"), *([encoder.pop("dist_token")] if "dist_token" in encoder else [])]
     prefix, width = len(tokens), kernel.shape[0]
 
     kernel, patch = _kernel(kind, kernel, how)
+    if facts.num_mels < patch[0]:
+        few = f"{facts.num_mels} mel bins are less than the {patch[0]} of a patch"
+        raise UserError(f"{kind.name}: {few}: give num_mels")
+    if table.shape[1] <= prefix:
+        raise UserError(f"{kind.name}: pos_embed has positions of {prefix} class tokens and of no patch")
     stride, note = _stride(kind, table.shape[1] - prefix, patch, facts, how)
     rows = (facts.num_mels - patch[0]) // stride[0] + 1
     positions, grid = _positions(kind, table[:, prefix:], rows, patch, facts, how)
@@ -169,9 +175,12 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
         **{f"encoder.{name}": tensor for name, tensor in encoder.items()},
     }
     how["encoder.cls_token"] = f"{prefix} with their positions"
+    heads = facts.heads or max(width // 64, 1)
+    if not facts.heads:
+        note = (*note, f"heads {heads} taken, which the file does not say (width / 64)")
     return Published(
         kind, facts.num_mels, {name: tensor.float().contiguous() for name, tensor in result.items()}, how, dropped,
-        facts.heads or max(width // 64, 1), patch, stride, grid, note,
+        heads, patch, stride, grid, note,
     )
 
 
@@ -187,15 +196,17 @@ def _sorted(kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     encoder: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
+    names: dict[str, str] = {}  # of what is kept, in the file
     for name, tensor in state.items():
         if any(re.fullmatch(pattern, name) for pattern in kind.dropped):
             dropped[name] = tensor
         elif new := _renamed(name, kind.heads):
-            heads[new] = tensor
+            heads[new], names[new] = tensor, name
         elif (new := _renamed(name, kind.renames) if kind.renames else name) and re.fullmatch(_TIMM, new):
-            encoder[new] = tensor
+            encoder[new], names[new] = tensor, name
         else:
             raise UserError(f"{kind.name}: {name} is no name of this kind")
+    _check_shapes(kind, encoder | heads, names)
     return encoder, heads, dropped
 
 
@@ -203,6 +214,40 @@ _TIMM = (
     r"cls_token|dist_token|pos_embed|patch_embed\.proj\.(weight|bias)|(norm|fc_norm)\.(weight|bias)"
     r"|blocks\.\d+\.(norm1|norm2|attn\.(qkv|q|k|v|proj)|mlp\.fc[12])\.(weight|bias)"
 )
+
+
+# Of what is reckoned with before our own model is there to compare with. D is the width; the rest is any number
+_SHAPES = (
+    (r"patch_embed\.proj\.weight", "D C F T"), ("cls_token|dist_token", "1 1 D"), ("pos_embed", "1 N D"),
+    (r"blocks\.\d+\.mlp\.fc1\.weight", "H D"), (r"blocks\.\d+\.attn\.[qkv]\.weight", "D D"),
+    (r"blocks\.\d+\.attn\.[qkv]\.bias", "D"), (r"head\.classifier\.bias", "C"),
+)
+
+
+def _check_shapes(kind: Kind, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    width = next(iter(tensors["patch_embed.proj.weight"].shape), 0)
+    for name, tensor in tensors.items():
+        wanted = next((shape.split() for pattern, shape in _SHAPES if re.fullmatch(pattern, name)), None)
+        if wanted and not _fits(tensor.shape, wanted, {"1": 1, "D": width}):
+            there, shape = tuple(tensor.shape), ", ".join(wanted)
+            raise UserError(f"{kind.name}: {names[name]} has shape {there}, not ({shape}) with D = {width}")
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(size > 0 and size == sizes.get(letter, size) for size, letter in pairs)
+
+
+_BLOCK = [f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+          for kind in ("weight", "bias")]
+
+
+def _complete(kind: Kind, encoder: Mapping[str, Tensor]) -> None:
+    """Blocks count from 0 on, and none lacks a part."""
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
+    wanted = (f"blocks.{i}.{part}" for i in range(max(depth, 1)) for part in _BLOCK)
+    if lost := next((name for name in wanted if name not in encoder), None):
+        raise UserError(f"{kind.name}: {lost} is missing")
 
 
 def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str | None:
@@ -240,9 +285,16 @@ def _kernel(kind: Kind, kernel: Tensor, how: dict[str, str]) -> tuple[Tensor, tu
 def _stride(
     kind: Kind, num_tokens: int, patch: tuple[int, int], facts: Facts, how: dict[str, str]
 ) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """From patch to patch. AST's file does not say; its recipe is 10, unless the number of tokens speaks against it."""
-    if facts.stride or kind.name != "AST":
-        return facts.stride or patch, ()
+    """From patch to patch. AST's file does not say; its recipe is 10, unless the number of tokens speaks against it,
+    and the same both ways."""
+    (f, t), (high, long) = facts.stride, patch
+    if f and t:
+        return (f, t), ()
+    if kind is not HF and kind.name != "AST":
+        return (f or high, t or long), ()
+    if f or t:
+        stride = f or min(t or high, high), t or min(f or long, long)
+        return stride, (f"stride {stride[0]}x{stride[1]} taken, of which stride_{'f' if f else 't'} was given",)
     fitting = [
         stride for stride in ((10, 10), patch)
         if stride[0] <= patch[0] and stride[1] <= patch[1]
@@ -250,7 +302,7 @@ def _stride(
     ]
     if not fitting:
         neither = f"neither stride 10x10 nor {patch[0]}x{patch[1]}"
-        raise UserError(f"AST: {num_tokens} tokens fit {neither}: give stride_f and stride_t")
+        raise UserError(f"{kind.name}: {num_tokens} tokens fit {neither}: give stride_f and stride_t")
     other = f"; {num_tokens} tokens would fit stride_f={patch[0]} stride_t={patch[1]} too" if len(fitting) > 1 else ""
     return fitting[0], (f"stride {fitting[0][0]}x{fitting[0][1]} taken, which the file does not say{other}",)
 
@@ -262,8 +314,10 @@ def _positions(
     table = table[0]
     if kind is TIMM:
         columns = facts.num_frames // patch[1]
+        if not columns:
+            raise UserError(f"{kind.name}: {facts.num_frames} frames are less than the {patch[1]} of a patch")
         return _from_image(table, rows, columns, how), (rows, columns)
-    if not rows or len(table) % rows:
+    if len(table) % rows:
         whole = f"no whole number of columns of {rows}"
         raise UserError(f"{kind.name}: {len(table)} positions are {whole}: give num_mels or stride_f")
     columns = len(table) // rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_c2f import cost
@@ -33,6 +33,12 @@ class MAEOptions(Options):
     decoder_depth: int = Field(2, ge=0)
     decoder_heads: int = Field(4, ge=1)
     norm_targets: bool = Field(False, description="standardise each target patch by its own mean and deviation")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> MAEOptions:
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(f"decoder_width {self.decoder_width} is no multiple of decoder_heads {self.decoder_heads}")
+        return self
 
 
 class MAE(nn.Module):

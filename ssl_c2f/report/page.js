@@ -126,43 +126,65 @@ const cut = (word) => (word.length > 22 ? word.slice(0, 21) + "…" : word);
 function drawMatrix(svg, name, width) {
   const { classes, counts } = data.matrices[name], left = textWidth(classes), top = 8;
   const cell = Math.min((width - left - 4) / classes.length, 44), bottom = top + cell * classes.length;
+  const side = Math.max(cell - 1, cell / 2), every = Math.ceil(12 / cell); // which lines have room for their name
   svg.setAttribute("viewBox", `0 0 ${width} ${bottom + left}`);
   svg.setAttribute("height", bottom + left);
   counts.forEach((row, i) => {
-    const sum = row.reduce((a, b) => a + b, 0) || 1;
-    node(svg, "text", { x: left - 6, y: top + cell * (i + 0.5) + 4, "text-anchor": "end" }, cut(classes[i]));
+    const sum = total(row);
     row.forEach((count, j) => {
-      const box = node(svg, "rect", { class: "cell", x: left + j * cell, y: top + i * cell, width: cell - 1, height: cell - 1, opacity: 0.06 + (0.94 * count) / sum });
+      const box = node(svg, "rect", { class: "cell", x: left + j * cell, y: top + i * cell, width: side, height: side, opacity: 0.06 + (0.94 * count) / sum });
       node(box, "title", {}, `${classes[i]} as ${classes[j]}: ${count}`);
       const place = { class: count > sum * 0.5 ? "on" : "ink", x: left + (j + 0.5) * cell, y: top + (i + 0.5) * cell + 4, "text-anchor": "middle" };
       if (count && cell >= 18) node(svg, "text", place, count);
     });
+    if (i % every) return;
     const x = left + (i + 0.5) * cell + 4, y = bottom + 8;
+    node(svg, "text", { x: left - 6, y: top + cell * (i + 0.5) + 4, "text-anchor": "end" }, cut(classes[i]));
     node(svg, "text", { x, y, "text-anchor": "end", transform: `rotate(-90 ${x} ${y})` }, cut(classes[i]));
   });
   return null;
 }
 
-function recalls(name) {
-  const { classes, counts } = data.matrices[name];
-  return classes.map((label, i) => [label, counts[i][i] / (counts[i].reduce((a, b) => a + b, 0) || 1)]);
-}
+const total = (row) => row.reduce((a, b) => a + b, 0) || 1;
 
-function drawBars(svg, name, width) {
-  const rows = recalls(name), left = textWidth(rows.map((row) => row[0])), line = 24;
-  svg.setAttribute("viewBox", `0 0 ${width} ${rows.length * line + 8}`);
-  svg.setAttribute("height", rows.length * line + 8);
-  rows.forEach(([label, share], i) => {
-    const y = i * line + 4, full = width - left - 56;
-    node(svg, "text", { x: left - 6, y: y + 15, "text-anchor": "end" }, cut(label));
-    node(svg, "rect", { class: "band", x: left, y, width: full, height: line - 6 });
-    node(svg, "rect", { class: "bar c0", x: left, y, width: full * share, height: line - 6 });
-    node(svg, "text", { class: "ink", x: left + full + 8, y: y + 15 }, `${Math.round(100 * share)} %`);
+function drawPairs(svg, name, width) { // of many classes: what was taken for what, the most frequent first
+  const { classes, counts } = data.matrices[name], pairs = [];
+  counts.forEach((row, i) => row.forEach((count, j) => { if (count && i !== j) pairs.push([count, i, j]); }));
+  const rows = pairs.sort((a, b) => b[0] - a[0]).slice(0, 30), line = 40, full = width - 70;
+  svg.setAttribute("viewBox", `0 0 ${width} ${Math.max(rows.length, 1) * line}`);
+  svg.setAttribute("height", Math.max(rows.length, 1) * line);
+  if (!rows.length) node(svg, "text", { x: 0, y: 15 }, "nothing was confused");
+  rows.forEach(([count, i, j], k) => {
+    const y = k * line, sum = total(counts[i]);
+    node(svg, "text", { class: "ink", x: 0, y: y + 13 }, `${cut(classes[i])} as ${cut(classes[j])}`);
+    node(svg, "rect", { class: "band", x: 0, y: y + 18, width: full, height: 14 });
+    node(svg, "rect", { class: "bar c0", x: 0, y: y + 18, width: (full * count) / sum, height: 14 });
+    node(svg, "text", { class: "ink", x: full + 8, y: y + 29 }, `${count} of ${sum}`);
   });
   return null;
 }
 
-const DRAW = { curve: drawCurve, matrix: drawMatrix, bars: drawBars };
+function drawBars(svg, name, width) {
+  let { rows, ends } = data.bars[name];
+  if (ends) {
+    const sorted = rows.filter((row) => row[1] !== null).sort((a, b) => b[1] - a[1]);
+    rows = sorted.length > 2 * ends ? [...sorted.slice(0, ends), ["…"], ...sorted.slice(-ends)] : sorted;
+  }
+  const left = textWidth(rows.map((row) => row[0])), line = 24, full = width - left - 56;
+  svg.setAttribute("viewBox", `0 0 ${width} ${rows.length * line + 8}`);
+  svg.setAttribute("height", rows.length * line + 8);
+  rows.forEach(([label, share], i) => {
+    const y = i * line + 4;
+    node(svg, "text", { x: left - 6, y: y + 15, "text-anchor": "end" }, cut(label));
+    if (share === undefined) return; // what is left out
+    node(svg, "rect", { class: "band", x: left, y, width: full, height: line - 6 });
+    node(svg, "rect", { class: "bar c0", x: left, y, width: full * share, height: line - 6 });
+    node(svg, "text", { class: "ink", x: left + full + 8, y: y + 15 }, share === null ? "-" : `${Math.round(100 * share)} %`);
+  });
+  return null;
+}
+
+const DRAW = { curve: drawCurve, matrix: drawMatrix, pairs: drawPairs, bars: drawBars };
 
 function draw(figure, width) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -202,8 +224,8 @@ function quoted(row) {
 
 function csvOf(figure) {
   const { kind, name } = figure.dataset;
-  if (kind === "bars") return [["class", "recall"], ...recalls(name)];
-  if (kind === "matrix") {
+  if (kind === "bars") return [["class", data.bars[name].measure], ...data.bars[name].rows];
+  if (kind === "matrix" || kind === "pairs") {
     const { classes, counts } = data.matrices[name];
     return [["label \\ predicted", ...classes], ...counts.map((row, i) => [classes[i], ...row])];
   }

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ssl_c2f.report import sections as s
-from ssl_c2f.report.read import AXES, RunData, read_runs
+from ssl_c2f.report.read import AXES, Json, RunData, read_runs
 from ssl_c2f.report.series import Column, curve, tokens_per_step
 from ssl_c2f.run import write_text
+
+_MOST_CLASSES = 60  # more are neither readable on a small screen nor drawn fast
+_ENDS = 20  # of many classes, the highest and the lowest that are shown
 
 # Nothing may be fetched, whatever ends up in the page.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -56,8 +59,8 @@ def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
         s.section("probes", "Frozen features", _each(runs, s.probe_tables)),
         s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
         s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
-                  "The same clips at the end of every phase: input, what was kept of it, the reconstruction if any."),
-        s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _matrix_places(drawn["matrices"])),
+                  "The same clips at the end of every phase: input, and where it is masked what was kept of it."),
+        s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _class_figures(drawn)),
         s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
         s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
         s.section("config", "Options", s.config_section(runs)),
@@ -82,19 +85,22 @@ def _each(runs: Sequence[RunData], part: Callable[[RunData], str], fold: bool = 
 CURVES = (
     ("validation", "Validation loss", "Held-out clips at full resolution in every phase: compare runs by this."),
     ("probe", "Probe score", "Nearest neighbours on frozen features of held-out clips, at full resolution."),
+    ("classifier", "Validation score",
+     "The classifier on held-out clips at full resolution: accuracy, or mAP where clips may have several labels."),
     ("loss", "Training loss", "Each phase at its own resolution, so a step at a boundary is no setback."),
     ("lr", "Learning rate", ""),
     ("spread", "Spread of features", "std_of_l2_normalized of a teacher's clip features: towards 0 they collapse."),
     ("tokens", "Tokens per step", "What the encoder learns from: tokens of all views times clips."),
     ("mask", "Mask ratio", ""),
 )
+SHARES = ("probe", "classifier")
 STEPPED = ("tokens", "mask")  # constant between two records
 
 
 def _columns(run: RunData) -> dict[str, Column]:
     log = run.log
-    named = {"validation": run.validation_loss, "probe": run.probe, "loss": "loss", "lr": "lr", "mask": "mask_ratio",
-             "spread": "std_of_l2_normalized"}
+    named = {"validation": run.validation_loss, "probe": run.probe, "classifier": run.classifier, "loss": "loss",
+             "lr": "lr", "mask": "mask_ratio", "spread": "std_of_l2_normalized"}
     columns = {figure: log.column(name) for figure, name in named.items() if name}
     return columns | {"tokens": tokens_per_step(log)} if log.records else {}
 
@@ -107,8 +113,8 @@ def figures(runs: Sequence[RunData]) -> dict[str, Any]:
         bands = [{"name": p.name} | {axis: run.end(p.name, axis) for axis in AXES} for p in run.phases]
         bands = [band for band in bands if all(band[axis] is not None for axis in AXES)]
         curves.append({"name": run.name, "curves": found, "bands": bands})
-    kinds = {name: {"percent": name == "probe", "stepped": name in STEPPED} for name, _, _ in CURVES}
-    return {"runs": curves, "figures": kinds, "matrices": _matrices(runs)}
+    kinds = {name: {"percent": name in SHARES, "stepped": name in STEPPED} for name, _, _ in CURVES}
+    return {"runs": curves, "figures": kinds, "matrices": _matrices(runs), "bars": _bars(runs)}
 
 
 def figure(kind: str, name: str, title: str, note: str) -> str:
@@ -138,19 +144,52 @@ def _switches(runs: Sequence[RunData]) -> str:
 
 def _matrices(runs: Sequence[RunData]) -> dict[str, Any]:
     found = {}
-    for run in runs:
-        for name, scores in run.scores.items():
-            counts = scores.get("confusion", scores.get("confusion_matrix"))
-            classes = scores.get("classes", [])
-            if isinstance(counts, list) and len(counts) == len(classes) and len(classes) > 1:
-                found[f"{run.name}/{name}" if len(runs) > 1 else name] = {"classes": classes, "counts": counts}
+    for name, scores in _all_scores(runs).items():
+        counts, classes = scores.get("confusion"), scores.get("classes", [])
+        if isinstance(counts, list) and len(counts) == len(classes) and len(classes) > 1:
+            found[name] = {"classes": classes, "counts": counts}
     return found
 
 
-def _matrix_places(matrices: Mapping[str, Any]) -> str:
+def _bars(runs: Sequence[RunData]) -> dict[str, Any]:
+    """The score of each class; `ends`: how many of the highest and lowest are drawn, 0 where all are."""
+    found = {}
+    for name, scores in _all_scores(runs).items():
+        for key in ("recall", "average_precision"):
+            if isinstance(each := scores.get(key), dict) and each:
+                ends = _ENDS if len(each) > _MOST_CLASSES else 0
+                found[name] = {"measure": key.replace("_", " "), "rows": list(each.items()), "ends": ends}
+    return found
+
+
+def _all_scores(runs: Sequence[RunData]) -> dict[str, Json]:
+    return {
+        f"{run.name}/{name}" if len(runs) > 1 else name: scores for run in runs for name, scores in run.scores.items()
+    }
+
+
+def _class_figures(drawn: Mapping[str, Any]) -> str:
     places = "".join(
-        figure("matrix", name, f"Confusion matrix, {name}", "Rows: what it is. Columns: what was predicted.")
-        + figure("bars", name, f"Recall per class, {name}", "Share of each class that was recognised.")
-        for name in matrices
+        (_matrix_place(name, drawn["matrices"][name]) if name in drawn["matrices"] else "")
+        + (_bars_place(name, drawn["bars"][name]) if name in drawn["bars"] else "")
+        for name in dict.fromkeys([*drawn["matrices"], *drawn["bars"]])
     )
     return places and f"<div class=figures>{places}</div>"
+
+
+def _matrix_place(name: str, matrix: Json) -> str:
+    count = len(matrix["classes"])
+    if count <= _MOST_CLASSES:
+        return figure("matrix", name, f"Confusion matrix, {name}", "Rows: what it is. Columns: what was predicted.")
+    note = f"Of {count} classes those that were taken for one another most often; the CSV has the whole matrix."
+    return figure("pairs", name, f"Confused most often, {name}", note)
+
+
+def _bars_place(name: str, bars: Json) -> str:
+    title, note = {
+        "recall": ("Recall per class", "Share of each class that was recognised."),
+        "average precision": ("Average precision per class", "How far a class's clips rank above all others."),
+    }[bars["measure"]]
+    if bars["ends"]:
+        note += f" The {_ENDS} highest and the {_ENDS} lowest of {len(bars['rows'])}; the CSV has all."
+    return figure("bars", name, f"{title}, {name}", note)

@@ -51,8 +51,14 @@ class RunData:
     config: str
     lock: str  # "", "held" or "dead"
     bad_files: int
-    scores: dict[str, Json]  # of finetune/NAME and evaluation/NAME
+    tuned: dict[str, Json]  # scores of finetune/NAME
+    evaluated: dict[str, Json]  # scores of evaluation/NAME
     probes: dict[str, Json]  # of probe/NAME
+
+    @property
+    def scores(self) -> dict[str, Json]:
+        """All scores, under names that tell the two apart."""
+        return self.tuned | {f"evaluated on {name}": scores for name, scores in self.evaluated.items()}
 
     @property
     def status(self) -> str:
@@ -76,9 +82,19 @@ class RunData:
 
     @property
     def probe(self) -> str | None:
-        """The metric of validation that is a score, if there is one."""
-        scores = ("val/knn_accuracy", "val/knn_map", "val/accuracy", "val/map")
-        return next((name for name in scores if name in self.log.names), None)
+        """The metric of validation that is a probe's score, if there is one."""
+        return next((name for name in ("val/knn_accuracy", "val/knn_map") if name in self.log.names), None)
+
+    @property
+    def classifier(self) -> str | None:
+        """The metric of validation that is a trained classifier's score, if there is one."""
+        return next((name for name in ("val/accuracy", "val/map") if name in self.log.names), None)
+
+    @property
+    def last_score(self) -> float | None:
+        """The last phase's last score of validation: the probe's, or the classifier's."""
+        name = self.probe or self.classifier
+        return self.log.last(self.phases[-1].name, name) if name and self.phases else None
 
     @property
     def validation_loss(self) -> str | None:
@@ -98,15 +114,18 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 
 def read_run(path: Path, name: str) -> RunData:
     folder, plan = RunFolder(path), read_json(path / "plan.json")
-    scores = [*sorted(path.glob("finetune/*/scores.json")), *sorted(path.glob("evaluation/*/scores.json"))]
     log = read_log(folder.metrics)
     return RunData(
         name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
         provenance=read_json(folder.provenance), config=_text(folder.config), lock=_lock(path / "lock"),
         bad_files=len(_text(folder.bad_files).splitlines()),
-        scores={_score_name(f): content for f in scores if (content := read_json(f))},
-        probes={f.parent.name: content for f in sorted(path.glob("probe/*/probe.json")) if (content := read_json(f))},
+        tuned=_by_folder(path, "finetune/*/scores.json"), evaluated=_by_folder(path, "evaluation/*/scores.json"),
+        probes=_by_folder(path, "probe/*/probe.json"),
     )
+
+
+def _by_folder(path: Path, pattern: str) -> dict[str, Json]:
+    return {f.parent.name: content for f in sorted(path.glob(pattern)) if (content := read_json(f))}
 
 
 def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
@@ -119,10 +138,6 @@ def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
     return tuple(_phase(name, folders.get(name), plans.get(name, {})) for name in names)
 
 
-def _score_name(file: Path) -> str:
-    return file.parent.name if file.parts[-3] == "finetune" else f"evaluated on {file.parent.name}"
-
-
 def _phase(name: str, folder: Path | None, plan: Json) -> PhaseData:
     if folder is None:
         return PhaseData(name, plan)
@@ -130,10 +145,15 @@ def _phase(name: str, folder: Path | None, plan: Json) -> PhaseData:
     pictures = read_json(folder / "pictures" / "pictures.json")
     clips = []
     for entry in pictures.get("clips", []):
-        images = {view: _data_uri(folder / "pictures" / file, "image/png") for view, file in entry["pictures"].items()}
-        sound = _data_uri(folder / "pictures" / entry["sound"], "audio/mpeg") if entry.get("sound") else None
+        images = {view: _picture(folder, file, "image/png") for view, file in entry["pictures"].items()}
+        sound = _picture(folder, entry["sound"], "audio/mpeg") if entry.get("sound") else None
         clips.append(Clip(entry["clip"], {view: image for view, image in images.items() if image}, sound))
     return PhaseData(name, plan, done, read_json(folder / "transfer.json"), pictures, tuple(clips))
+
+
+def _picture(folder: Path, file: str, kind: str) -> str | None:
+    """A file of the phase's pictures; a run from elsewhere may name others, which are nobody else's to see."""
+    return _data_uri(folder / "pictures" / Path(file).name, kind)
 
 
 def read_json(file: Path) -> Json:

@@ -73,21 +73,29 @@ def percent(value: float | None) -> Cell:
 
 def overview(runs: Sequence[RunData]) -> str:
     """A line for each run."""
-    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss", "probe",
-               "fine-tuned")
+    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss",
+               "validation score", "fine-tuned")
     rows = []
     for run in runs:
         last = run.phases[-1].name if run.phases else ""
         loss = run.log.last(last, run.validation_loss) if run.validation_loss else None
-        probe = run.log.last(last, run.probe) if run.probe else None
-        best = [s for scores in run.scores.values() if (s := score(scores)) is not None]
         rows.append((
             run.name, run.status, f"{sum(bool(p.done) for p in run.phases)} of {len(run.phases)}",
             flops(run.total("flops")),
-            percent(run.plan.get("share_of_single_phase")), seconds(run.total("train_seconds")), loss, percent(probe),
-            percent(max(best) if best else None),
+            percent(run.plan.get("share_of_single_phase")), seconds(run.total("train_seconds")), loss,
+            percent(run.last_score), _best(run),
         ))
     return table(columns, rows, "Runs", sort=len(runs) > 1)
+
+
+def _best(run: RunData) -> Cell:
+    """The best fine-tuning of the run's own weights, by the first one's metric: no other can be compared with it."""
+    found = [(name, float(scores[name])) for scores in run.tuned.values()
+             if not scores.get("from_scratch") and (name := metric(scores))]
+    if not found:
+        return None
+    value = max(value for name, value in found if name == found[0][0])
+    return f"{100 * value:.1f} %{' mAP' if found[0][0] == 'map' else ''}", value
 
 
 def missing(run: RunData) -> list[str]:
@@ -105,11 +113,11 @@ def missing(run: RunData) -> list[str]:
         notes.append("The run has not reached its end. The same command goes on.")
     waiting = [p.name for p in run.phases if not p.done and p.name not in run.log.phases]
     notes += [f"Not started: {', '.join(waiting)}."] if waiting else []
-    if run.log.records and run.validation_loss is None:
+    if run.log.records and not (run.validation_loss or run.classifier):  # a classifier has scores instead
         notes.append("No validation loss: no clips were held out (data.val_folds), evaluation.every is 0, or the "
                      "objective has none that could be compared (latent: its teacher moves).")
-    if run.log.records and run.probe is None:
-        notes.append("No probe score: it needs labels and evaluation.every above 0.")
+    if run.log.records and not (run.probe or run.classifier):
+        notes.append("No validation score: it needs labels and evaluation.every above 0.")
     if not any(p.clips for p in run.phases):
         notes.append("No film strip: pictures are made at the end of a phase.")
     if not run.scores:
@@ -196,24 +204,28 @@ def _strip_row(phase: PhaseData, clip: Clip) -> str:
     return f"<div class=strip><p>{escape(label)}</p><div class=images>{images}</div></div>"
 
 
+def metric(scores: Json) -> str | None:
+    """What the headline of a scores.json is: accuracy or map."""
+    return next((name for name in ("accuracy", "map") if isinstance(scores.get(name), int | float)), None)
+
+
 def score(scores: Json) -> float | None:
     """The headline of a scores.json."""
-    return next((float(v) for key in ("accuracy", "map") if isinstance(v := scores.get(key), int | float)), None)
+    return float(scores[name]) if (name := metric(scores)) else None
 
 
 def interval(scores: Json) -> str | None:
     """Its confidence interval, where there is one."""
-    for key in ("interval", "accuracy_interval", "confidence_interval", "map_interval"):
-        if isinstance(found := scores.get(key), list) and len(found) == 2:
-            return f"{100 * found[0]:.1f} to {100 * found[1]:.1f} %"
-    return None
+    found = scores.get("interval")
+    return f"{100 * found[0]:.1f} to {100 * found[1]:.1f} %" if isinstance(found, list) and len(found) == 2 else None
 
 
 def finetune_table(runs: Sequence[RunData]) -> str:
     rows: list[Sequence[Cell]] = []
     for run in runs:
         for name, scores in run.scores.items():
-            folds = [s for f in _dict(scores.get("folds")).values() if (s := score(_dict(f))) is not None]
+            main, each = metric(scores), [_dict(fold) for fold in _dict(scores.get("folds")).values()]
+            folds = [fold[main] for fold in each if main and metric(fold) == main]
             start = "random weights" if scores.get("from_scratch") else "pretrained"
             kind = "accuracy" if "accuracy" in scores else "mAP"
             rows.append((

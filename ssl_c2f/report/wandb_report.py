@@ -1,7 +1,7 @@
 """A W&B report about runs: what was run, curves with their phases, costs, pictures, fine-tuning, and the commands.
 
-It shows W&B runs of its server; tables come from the run folders. Its id is kept in the first run's folder
-(wandb_report.json), so that another time the same report is brought up to date.
+It shows W&B runs of its server; tables come from the run folders. Its address is kept in the first run's folder
+(wandb_report.json, by the runs that it is about), so that another time the same report is brought up to date.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def write_report(paths: Sequence[Path]) -> str:
     first = next(iter(runs[0].phases.values()))
     try:
         entity = str(first["entity"] or wandb.Api().default_entity)
-        report = _open(wr, paths[0], entity, first["project"])
+        report = _open(wr, paths, entity, first["project"])
         report.title = f"ssl_c2f: {', '.join(run.data.name for run in runs)}"[:_TITLE]
         report.width, report.blocks = "fixed", _blocks(wr, runs, entity)
         report.save()
     except Exception as error:  # wandb's errors have no common base that says which are the server's
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"W&B's server did not take the report: {reason}") from None
-    write_text(paths[0] / KEPT, json.dumps({"id": report.id, "url": report.url}, indent=1) + "\n")
+    _keep(paths, report)
     return str(report.url)
 
 
@@ -90,15 +90,27 @@ def _tracked(run: RunData) -> Tracked:
     return Tracked(run, phases, results)
 
 
-def _open(wr: Any, path: Path, entity: str, project: str) -> Any:
-    """The report that was made before, if its server still has it; else a new one."""
-    kept = read_json(path / KEPT)
-    if kept.get("url"):
+def _open(wr: Any, paths: Sequence[Path], entity: str, project: str) -> Any:
+    """The report that was made before about the same runs, if its server still has it; else a new one."""
+    kept = read_json(paths[0] / KEPT).get(_about(paths))
+    if isinstance(kept, dict) and kept.get("url"):
         try:
             return wr.Report.from_url(kept["url"])
         except (TypeError, ValueError):  # deleted: the server answers with nothing
             pass
     return wr.Report(project=project, entity=entity)
+
+
+def _keep(paths: Sequence[Path], report: Any) -> None:
+    """Beside those of other sets of runs that begin with the same one."""
+    kept = read_json(paths[0] / KEPT) | {_about(paths): {"id": report.id, "url": report.url}}
+    write_text(paths[0] / KEPT, json.dumps(kept, indent=1) + "\n")
+
+
+def _about(paths: Sequence[Path]) -> str:
+    """A set of runs by their places, seen from the first: they may be moved together."""
+    first = paths[0].resolve()
+    return " ".join(sorted({os.path.relpath(path.resolve(), first) for path in paths}))
 
 
 def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
@@ -117,7 +129,8 @@ def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
         views = [v for v in _VIEWS if any(v in c.pictures for r in runs for p in r.data.phases for c in p.clips)]
         keys = [f"pictures/{view}" for view in views]
         panel = wr.MediaBrowser(media_keys=keys, num_columns=3, layout=_wide(wr, 0, 16))
-        blocks += [wr.H2("Input, mask and reconstruction"), wr.PanelGrid(
+        title = "Input, mask and reconstruction" if len(views) > 1 else "Input"
+        blocks += [wr.H2(title), wr.PanelGrid(
             runsets=[_runset(wr, run, run.phases.values(), entity) for run in runs], panels=[panel])]
     if any(run.data.scores or run.data.probes for run in runs):
         blocks += [wr.H2("Fine-tuning and probes"), wr.MarkdownBlock(_results(runs)), *_result_panels(wr, runs, entity)]
@@ -172,19 +185,18 @@ def _result_panels(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
 
 
 def _overview(runs: Sequence[Tracked]) -> str:
-    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss", "probe",
-               "W&B runs")
+    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss",
+               "validation score", "W&B runs")
     rows = []
     for run in runs:
         data = run.data
         last = data.phases[-1].name
         loss = data.log.last(last, data.validation_loss) if data.validation_loss else None
-        probe = data.log.last(last, data.probe) if data.probe else None
         links = ", ".join(f"[{name}]({facts['url']})" if facts["url"] else name for name, facts in run.phases.items())
         rows.append((
             data.name, data.status, " → ".join(phase.name for phase in data.phases),
             sections.flops(data.total("flops")), sections.percent(data.plan.get("share_of_single_phase")),
-            sections.seconds(data.total("train_seconds")), loss, sections.percent(probe), links,
+            sections.seconds(data.total("train_seconds")), loss, sections.percent(data.last_score), links,
         ))
     return table(columns, rows)
 
