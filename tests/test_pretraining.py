@@ -72,7 +72,7 @@ def test_debug_configs_run_three_phases(name: str, compression: str, sounds: Pat
     scores: list[dict[str, Any]] = [line for line in lines if kind in line]
     assert len(scores) == 3
     assert all(("val/loss" in line) == (name in ("mae", "ssast")) for line in scores)
-    wanted = {"supervised": set(), "latent": {"input", "kept"}}.get(name, {"input", "kept", "reconstruction"})
+    wanted = {"supervised": {"input"}, "latent": {"input", "kept"}}.get(name, {"input", "kept", "reconstruction"})
     for phase in ("0-coarse", "1-middle", "2-fine"):
         shown = {file.stem.partition("-")[2] for file in (tmp_path / "phases" / phase / "pictures").glob("*.png")}
         assert shown == wanted

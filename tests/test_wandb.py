@@ -53,7 +53,7 @@ class Shell:
         self.data = f"data.root={sounds}"
         config = tiny.DEFAULTS | {
             "phases": [phase | {"steps": STEPS} for phase in tiny.DEFAULTS["phases"]],
-            "evaluation": {"every": 1, "max_clips": 6, "mask_draws": 1},
+            "evaluation": {"every": 4, "max_clips": 6, "mask_draws": 1},
             "tracking": {"wandb": "online", "timeout_seconds": PATIENCE},
             "train": tiny.DEFAULTS["train"] | {"checkpoint_every": 100},
         }
@@ -166,7 +166,7 @@ def test_killed_resumed_tuned_and_reported(shell: Shell, server: WandbStub) -> N
     tables = {run.fields["jobType"]: "".join(run.uploads) for run in server.runs.values()}
     assert "media/table/confusion" in tables["finetune/scores"] and "media/table/probe" in tables["probe/scores"]
     assert [shown(run.rows) for run in server.runs.values() if run.fields["jobType"] == "finetune/tune"] == [
-        [(0, 1), (1, 2)]
+        [(2, 1), (4, 2)]
     ] * 2
     assert_chain(server)
     assert_report(shell, server)
