@@ -65,11 +65,10 @@ def straight(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- going on
 
 
-@pytest.mark.parametrize("cache", ["0", "4"])
-@pytest.mark.parametrize(
-    "compression",
-    ["frame_shift", "patch", *(pytest.param(f"pool_{kind}", marks=pytest.mark.slow) for kind in ("mean", "max"))],
-)
+@pytest.mark.parametrize(("compression", "cache"), [("frame_shift", "0"), ("patch", "4"), *(
+    pytest.param(*each.split(), marks=pytest.mark.slow)
+    for each in ("frame_shift 4", "patch 0", "pool_mean 0", "pool_mean 4", "pool_max 0", "pool_max 4")
+)])
 def test_interrupted_equals_straight(compression: str, cache: str, sounds: Path, tmp_path: Path) -> None:
     o = run_options(sounds, f"compression={compression}", f"data.cache_gb={cache}")
     whole, parts = go(o, tmp_path / "whole"), tmp_path / "parts"

@@ -308,7 +308,7 @@ def debug_options(root: Path, *overrides: str) -> RunOptions:
 
 
 @pytest.mark.parametrize(
-    "compression", ["frame_shift", *(pytest.param(c, marks=pytest.mark.slow) for c in COMPRESSIONS[1:])]
+    "compression", [pytest.param(c, marks=pytest.mark.slow) for c in COMPRESSIONS]
 )
 def test_three_phases_interrupted_equal_straight(compression: str, sounds: Path, tmp_path: Path) -> None:
     short = [f"phases.{i}.steps=2" for i in range(3)]

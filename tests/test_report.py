@@ -205,6 +205,7 @@ def test_a_run_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         write_page([tmp_path / "none"], tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "long", steps=99_999)
     page = page_of(run)

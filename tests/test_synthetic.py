@@ -23,6 +23,7 @@ def log_mel_like(clip: np.ndarray) -> np.ndarray:
     return np.log(np.add.reduceat(power, edges[:-1], axis=1) + 1e-6)
 
 
+@pytest.mark.slow
 def test_mean_spectra_alone_do_not_tell_the_classes_apart() -> None:
     """The same classifier does far better once it is also told how a clip unfolds."""
     spectra = [[log_mel_like(render(name, seed, 2.0, RATE)) for seed in range(40)] for name in CLASSES]
