@@ -26,6 +26,7 @@ from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import fingerprint
 from ssl_c2f.data.sampler import micro_batches, positions
 from ssl_c2f.objectives import StepResult
+from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.options import UserError
 from ssl_c2f.phases import Phase, Place, learning_rate
 from ssl_c2f.pictures import save_pictures
@@ -326,7 +327,7 @@ def check_options(options: RunOptions, folder: RunFolder) -> None:
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
-    if options.objective.name != "supervised":
+    if not isinstance(options.objective, SupervisedOptions):
         return
     clips = corpus.manifest.clips
     unlabelled = [clips[i].path for i in corpus.training if not clips[i].labels]

@@ -18,7 +18,7 @@ from ssl_c2f.masking import MaskOptions
 from ssl_c2f.models.backbones import ModelOptions, activation_bytes, strides_and_folds
 from ssl_c2f.models.htsat import HTSATOptions
 from ssl_c2f.models.vit import EncoderOptions
-from ssl_c2f.objectives import Objective, ObjectiveOptions, build_objective, objective_cost
+from ssl_c2f.objectives import AnyOptions, Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.optim import OptimOptions
@@ -60,7 +60,7 @@ class RunOptions(Options):
     audio: AudioOptions = AudioOptions()
     compression: Compression = "frame_shift"
     model: ModelOptions = EncoderOptions()
-    objective: ObjectiveOptions = MAEOptions()
+    objective: AnyOptions = MAEOptions()
     mask: MaskOptions = MaskOptions()
     augment: AugmentOptions = AugmentOptions()
     optim: OptimOptions = OptimOptions()
@@ -126,7 +126,7 @@ class RunOptions(Options):
     def parts(self, index: int, num_classes: int) -> list[cost.Part]:
         """Costs of one clip in one step of phase `index`."""
         ratio = self.mask_ratio(self.phases[index])
-        return objective_cost(self.model, self.objective, self.geometries[index], ratio, num_classes)
+        return self.objective.costs(self.model, self.geometries[index], ratio, num_classes)
 
     def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
         return make_curriculum(
@@ -141,7 +141,7 @@ class RunOptions(Options):
         return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, objective.views, self.mask.seconds)
 
     def build(self, geometry: Geometry, num_classes: int) -> Objective:
-        return build_objective(self.model, self.objective, geometry, num_classes)
+        return self.objective.build(self.model, geometry, num_classes)
 
 
 def _own_patch(phase: PhaseOptions, patch: tuple[int, int]) -> tuple[int, int] | None:
@@ -201,7 +201,7 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
     phases = [_phase_plan(options, phase, num_classes) for phase in curriculum.phases]
     limit = options.train.max_batch_per_device or max(p.batch_size for p in phases)
     last_ratio = options.mask_ratio(options.phases[-1])
-    fine = objective_cost(options.model, options.objective, options.fine_geometry, last_ratio, num_classes)
+    fine = options.objective.costs(options.model, options.fine_geometry, last_ratio, num_classes)
     return Plan(
         phases=tuple(phases), parameters=parameters,
         state_mb=cost.state_bytes(parameters, options.ema > 0, frozen) / 1e6,

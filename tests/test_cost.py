@@ -19,7 +19,6 @@ from ssl_c2f.models.backbones import AnyModel, activation_bytes, build_encoder, 
 from ssl_c2f.models.decoder import decoder_cost
 from ssl_c2f.models.htsat import HTSATOptions
 from ssl_c2f.models.vit import EncoderOptions, encoder_cost
-from ssl_c2f.objectives import build_objective, objective_cost
 from ssl_c2f.objectives.latent import LatentOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.ssast import SSASTOptions
@@ -59,9 +58,9 @@ def test_masked_autoencoding_costs_what_the_counter_says(compression: Compressio
         (SMALL, MAEOptions(decoder_width=16, decoder_depth=2, decoder_heads=2), 0.75),
         (SMALL.model_copy(update={"mlp_ratio": 2.5, "depth": 1}), MAEOptions(decoder_width=48, norm_targets=True), 0.4),
     ]:
-        objective = build_objective(model, options, geometry, 0)
+        objective = options.build(model, geometry, 0)
         found = counted(objective, geometry, Masking("uniform", ratio, (3, 5)))
-        expected = cost.step_flops(objective_cost(model, options, geometry, ratio, 0))
+        expected = cost.step_flops(options.costs(model, geometry, ratio, 0))
         assert expected == pytest.approx(found, rel=0.001)
 
 
@@ -82,9 +81,9 @@ def test_other_masked_objectives_cost_what_the_counter_says(
     compression: Compression, factor: int, patch: tuple[int, int], options: SSASTOptions | LatentOptions
 ) -> None:
     geometry = make_geometry(AUDIO, compression, patch, factor)
-    objective = build_objective(SMALL, options, geometry, 0)
+    objective = options.build(SMALL, geometry, 0)
     found = counted(objective, geometry, Masking("cluster", 0.75, (1, 2), objective.views))
-    parts = objective_cost(SMALL, options, geometry, 0.75, 0)
+    parts = options.costs(SMALL, geometry, 0.75, 0)
     assert cost.step_flops(parts) == pytest.approx(found, rel=0.002)
     masked = num_masked(geometry.num_tokens, 0.75)
     once = geometry.num_tokens if isinstance(options, SSASTOptions) else geometry.num_tokens - masked
@@ -95,7 +94,7 @@ def test_ssasts_two_losses_share_a_pass() -> None:
     base = EncoderOptions(width=768, depth=12, heads=12)
     geometry = make_geometry(AudioOptions(clip_seconds=10.24), "frame_shift", (16, 16))
     two, one = (
-        cost.step_flops(objective_cost(base, SSASTOptions.model_validate({"passes": passes}), geometry, 0.78, 0))
+        cost.step_flops(SSASTOptions.model_validate({"passes": passes}).costs(base, geometry, 0.78, 0))
         for passes in ("two", "one")
     )
     assert 1.9 < two / one < 2.1
@@ -113,15 +112,15 @@ def test_ssasts_two_losses_share_a_pass() -> None:
 def test_supervised_training_costs_what_the_counter_says(patch: tuple[int, int], options: dict[str, Any]) -> None:
     geometry = make_geometry(AUDIO, "frame_shift", patch, 2)
     supervised = SupervisedOptions(**options)
-    objective = build_objective(SMALL, supervised, geometry, CLASSES)
+    objective = supervised.build(SMALL, geometry, CLASSES)
     found = counted(objective, geometry, None)
-    assert cost.step_flops(objective_cost(SMALL, supervised, geometry, 0.5, CLASSES)) == pytest.approx(found, rel=0.001)
+    assert cost.step_flops(supervised.costs(SMALL, geometry, 0.5, CLASSES)) == pytest.approx(found, rel=0.001)
 
 
 def test_a_probe_runs_its_encoder_forward_only() -> None:
     geometry = make_geometry(AUDIO, "frame_shift", (16, 16))
-    probe = objective_cost(SMALL, SupervisedOptions(head="linear"), geometry, 0.5, CLASSES)
-    tuned = objective_cost(SMALL, SupervisedOptions(head="mean_pool"), geometry, 0.5, CLASSES)
+    probe = SupervisedOptions(head="linear").costs(SMALL, geometry, 0.5, CLASSES)
+    tuned = SupervisedOptions(head="mean_pool").costs(SMALL, geometry, 0.5, CLASSES)
     assert cost.forward_flops(probe) == cost.forward_flops(tuned)
     assert cost.step_flops(probe) < 0.36 * cost.step_flops(tuned)
 
@@ -182,4 +181,4 @@ def test_activations_are_those_that_autograd_keeps(model: AnyModel, bytes_per_va
 def test_only_real_columns_cost() -> None:
     geometry = make_geometry(AUDIO, "patch", (16, 16), 1, multiple=640)
     wider = replace(geometry, num_frames=geometry.num_frames * 2, grid_t=geometry.grid_t * 2)
-    assert objective_cost(SMALL, MAEOptions(), geometry, 0.5, 0) == objective_cost(SMALL, MAEOptions(), wider, 0.5, 0)
+    assert MAEOptions().costs(SMALL, geometry, 0.5, 0) == MAEOptions().costs(SMALL, wider, 0.5, 0)

@@ -30,7 +30,6 @@ from ssl_c2f.geometry import AudioOptions, Compression, Geometry, make_geometrie
 from ssl_c2f.models.htsat import HTSAT, HTSATOptions, fold, grid_of, window_mask, window_of
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import EncoderOptions
-from ssl_c2f.objectives import build_objective, objective_cost
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.options import UserError
 from ssl_c2f.predict import PredictOptions, predict
@@ -132,7 +131,7 @@ def test_real_tokens_are_those_with_a_real_column(seconds: float, factor: int, s
 def test_every_weight_learns() -> None:
     g = geometry_of(seconds=1.3)
     torch.manual_seed(0)
-    objective = build_objective(SMALL, SupervisedOptions(), g, 3).eval()
+    objective = SupervisedOptions().build(SMALL, g, 3).eval()
     torch.nn.init.normal_(objective.head.classifier.weight)  # type: ignore[union-attr, arg-type]
     spec, rows = torch.randn(2, g.num_frames, 64), torch.arange(2)
     objective(Batch(spec, torch.full((2,), g.covered), rows, rows, torch.eye(3)[:2], g, False)).loss.backward()
@@ -184,7 +183,7 @@ def test_a_clips_logits_depend_on_no_other_clip() -> None:
     g = make_geometry(AudioOptions(num_mels=16, clip_seconds=0.5), "frame_shift", (4, 4), fold=(4, 4))
     model = HTSATOptions(widths=(8, 16, 32), depths=(1, 2, 1), heads=(1, 2, 2), window=4)
     torch.manual_seed(0)
-    objective = build_objective(model, SupervisedOptions(), g, 4).eval()
+    objective = SupervisedOptions().build(model, g, 4).eval()
     items = noise([8000, 700, 4100])
     together = objective.logits(batch_of(items, None, g))  # type: ignore[union-attr, operator]
     for i in range(3):
@@ -204,7 +203,7 @@ def test_a_clips_logits_depend_on_no_other_clip() -> None:
 
 def test_without_class_tokens_there_is_none_to_read(tmp_path: Path) -> None:
     g = geometry_of(seconds=0.5)
-    objective = build_objective(SMALL, SupervisedOptions(), g, 3)
+    objective = SupervisedOptions().build(SMALL, g, 3)
     batch = Batch(torch.randn(2, g.covered, 64), torch.tensor([48, 48]), *[torch.arange(2)] * 3, g, False)
     assert objective.embed(batch).shape == (2, 64) and objective.embed(batch, "mean_std").shape == (2, 128)
     with pytest.raises(UserError, match="no class token"):
@@ -220,8 +219,8 @@ def test_without_class_tokens_there_is_none_to_read(tmp_path: Path) -> None:
 def test_it_costs_what_the_counter_says(seconds: float, compression: Compression, factor: int, head: Any) -> None:
     g = geometry_of(factor, compression, seconds)
     supervised = SupervisedOptions(head=head)
-    found = counted(build_objective(SMALL, supervised, g, 10), g, None)
-    parts = objective_cost(SMALL, supervised, g, 0.5, 10)
+    found = counted(supervised.build(SMALL, g, 10), g, None)
+    parts = supervised.costs(SMALL, g, 0.5, 10)
     assert cost.step_flops(parts) == pytest.approx(found, rel=0.005)
     assert cost.seen_tokens(parts) == g.num_tokens
 
@@ -231,9 +230,9 @@ def test_the_published_size() -> None:
     model, supervised = HTSATOptions(), SupervisedOptions()
     g = geometry_of(model=model)
     assert sum(p.numel() for p in HTSAT(model, g).parameters()) == pytest.approx(27.5e6, rel=0.01)
-    forward = cost.forward_flops(objective_cost(model, supervised, g, 0.5, 527))
+    forward = cost.forward_flops(supervised.costs(model, g, 0.5, 527))
     assert forward == pytest.approx(11.8e9, rel=0.02)
-    coarse = cost.forward_flops(objective_cost(model, supervised, geometry_of(4, model=model), 0.5, 527))
+    coarse = cost.forward_flops(supervised.costs(model, geometry_of(4, model=model), 0.5, 527))
     assert forward / coarse == pytest.approx(4, rel=0.02)  # windows: linear in the tokens
 
 
@@ -266,7 +265,7 @@ def test_boundaries_resize_the_tables_of_clipped_windows_alone(compression: Comp
         audio, compression, (4, 4), [(4, None), (2, None), (1, None)], fold=(SMALL.folds, SMALL.merge)
     )
     for source, target, expected in ((coarse, middle, "4x4 -> 4x8"), (middle, fine, "4x8 -> 8x8")):
-        a, b = (build_objective(SMALL, SupervisedOptions(), g, 3) for g in (source, target))
+        a, b = (SupervisedOptions().build(SMALL, g, 3) for g in (source, target))
         fitted, report = transfer(a.state_dict(), source, b.state_dict(), target)
         b.load_state_dict(fitted)
         resized = {move.name: move.detail for move in report.moved if move.action == "resized"}
@@ -276,7 +275,7 @@ def test_boundaries_resize_the_tables_of_clipped_windows_alone(compression: Comp
         assert all(resized[name] == f"window {expected}, linear" for name in tables)
         assert report.count() == {"resized": len(resized), "copied": len(fitted) - len(resized)}
         shallow = HTSATOptions.model_validate({**SMALL.model_dump(), "depths": (2, 1, 1, 1)})
-        c = build_objective(shallow, SupervisedOptions(), source, 3)
+        c = SupervisedOptions().build(shallow, source, 3)
         with pytest.raises(UserError, match=r"encoder does not fit the checkpoint: encoder\.blocks\.5"):
             transfer(c.state_dict(), source, b.state_dict(), target)
         state = a.state_dict()
@@ -287,7 +286,7 @@ def test_boundaries_resize_the_tables_of_clipped_windows_alone(compression: Comp
 
 def test_each_layer_learns_at_its_own_rate() -> None:
     g = geometry_of(seconds=0.5)
-    objective = build_objective(SMALL, SupervisedOptions(), g, 3)
+    objective = SupervisedOptions().build(SMALL, g, 3)
     names = [name for name, _ in objective.named_parameters()]
     layers = {name: optim.layer_of(name, SMALL.depth) for name in names}
     assert {layers[n] for n in names if "embed" in n} == {0}

@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 from ssl_c2f.geometry import Compression, Geometry, make_geometry
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.objectives import build_objective
 from ssl_c2f.objectives.latent import Latent, LatentOptions
 from ssl_c2f.objectives.mae import MAE, MAEOptions
 from ssl_c2f.objectives.ssast import SSAST, SSASTOptions
@@ -253,7 +252,7 @@ def test_mixed_clips_have_the_labels_of_both(labels: str, share: float) -> None:
 
 
 def test_the_options_name_their_objective() -> None:
-    assert isinstance(build_objective(MODEL, MAEOptions(), GEOMETRY, 0), MAE)
-    assert isinstance(build_objective(MODEL, SSASTOptions(), GEOMETRY, 0), SSAST)
-    assert isinstance(build_objective(MODEL, LatentOptions(), GEOMETRY, 0), Latent)
-    assert isinstance(build_objective(MODEL, SupervisedOptions(), GEOMETRY, CLASSES), Supervised)
+    assert isinstance(MAEOptions().build(MODEL, GEOMETRY, 0), MAE)
+    assert isinstance(SSASTOptions().build(MODEL, GEOMETRY, 0), SSAST)
+    assert isinstance(LatentOptions().build(MODEL, GEOMETRY, 0), Latent)
+    assert isinstance(SupervisedOptions().build(MODEL, GEOMETRY, CLASSES), Supervised)

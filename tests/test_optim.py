@@ -12,7 +12,6 @@ from torch import nn
 
 from ssl_c2f.geometry import AudioOptions, make_geometry
 from ssl_c2f.models.vit import EncoderOptions
-from ssl_c2f.objectives import build_objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.optim import OptimOptions, layer_of, make_optimizer, moments, restore_moments, set_learning_rate
@@ -28,7 +27,7 @@ def objective(kind: str = "mae", patch_t: int = 4, positions: Any = "learned") -
         "tuned": SupervisedOptions(),
         "probe": SupervisedOptions(head="linear"),
     }
-    return build_objective(model, options[kind], make_geometry(AUDIO, "patch", (8, patch_t)), 3)
+    return options[kind].build(model, make_geometry(AUDIO, "patch", (8, patch_t)), 3)
 
 
 def by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,6 @@ from ssl_c2f.geometry import AudioOptions, Geometry, make_geometries, make_geome
 from ssl_c2f.models.heads import Head, read_out
 from ssl_c2f.models.patches import patchify, real_values
 from ssl_c2f.models.vit import Encoder, EncoderOptions
-from ssl_c2f.objectives import build_objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.options import UserError
@@ -102,10 +101,10 @@ def test_learned_positions_follow_physical_time_to_another_stride_and_length(g: 
         AUDIO.model_copy(update={"clip_seconds": seconds}), "frame_shift", (g.patch_f, g.patch_t),
         unit=(g.unit_mels, g.unit_samples // 160), stride=(g.stride_f, g.patch_t),
     )
-    state = build_objective(model, options_, g, 2).state_dict()
+    state = options_.build(model, g, 2).state_dict()
     columns = g.positions()[1][: g.columns].repeat(g.grid_f)
     state["encoder.positions"] = columns[:, None].expand(-1, 16).clone()
-    fitted, _ = transfer(state, g, build_objective(model, options_, target, 2).state_dict(), target)
+    fitted, _ = transfer(state, g, options_.build(model, target, 2).state_dict(), target)
     found = fitted["encoder.positions"].view(*target.grid, 16)[0, :, 0]
     own = g.positions()[1]
     wanted = target.positions()[1][: target.columns].clamp(float(own[0]), float(own[g.columns - 1]))
@@ -133,7 +132,7 @@ def test_masked_autoencoding_works_with_two_class_tokens() -> None:
 
     g = make_geometry(AUDIO, "frame_shift", (10, 4))
     model = EncoderOptions(width=16, depth=1, heads=2, class_tokens=2)
-    mae = build_objective(model, MAEOptions(decoder_width=8, decoder_depth=1, decoder_heads=2), g, 0)
+    mae = MAEOptions(decoder_width=8, decoder_depth=1, decoder_heads=2).build(model, g, 0)
     frames = torch.full((2,), g.frames(g.clip_samples))
     mask = draw_mask(torch.arange(2), g.grid, g.tokens_t(frames), "uniform", 0.5, (1, 1))
     spec = torch.randn(2, g.num_frames, g.num_mels)

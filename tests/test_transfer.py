@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssl_c2f.geometry import AudioOptions, Compression, Geometry, make_geometries
 from ssl_c2f.models.vit import EncoderOptions
-from ssl_c2f.objectives import Objective, build_objective
+from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.options import UserError
@@ -34,7 +34,7 @@ def pair(compression: Compression, factors: tuple[int, int] = (4, 2), audio: Aud
 
 
 def mae(geometry: Geometry, model: EncoderOptions = MODEL, options: MAEOptions = MAE) -> Objective:
-    return build_objective(model, options, geometry, 0)
+    return options.build(model, geometry, 0)
 
 
 def actions(report: Any) -> dict[str, str]:
@@ -196,7 +196,7 @@ def test_another_decoder_is_reinitialised_and_reported() -> None:
 def test_what_the_target_has_not_is_dropped_and_reported_and_the_counts_add_up() -> None:
     source, target = pair("patch")
     state = mae(source).state_dict()
-    classifier = build_objective(MODEL, SupervisedOptions(), target, 5).state_dict()
+    classifier = SupervisedOptions().build(MODEL, target, 5).state_dict()
     result, report = transfer(state, source, classifier, target)
     found, count = actions(report), report.count()
     assert {name for name, action in found.items() if action == "dropped"} == {n for n in state if n[:7] == "decoder"}

@@ -19,15 +19,15 @@ from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Shape, num_masked
+from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.conv_decoder import ConvDecoder, conv_decoder_cost
 from ssl_c2f.models.heads import Readout, read_out
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
-from ssl_c2f.objectives.step import StepResult, features_of, pictures_of
-from ssl_c2f.options import Options
+from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult, features_of, pictures_of, vit
 
 
-class LatentOptions(Options):
+class LatentOptions(ObjectiveOptions):
     """The teacher is the encoder's moving average; its decay rises along the run."""
 
     mask_shape: ClassVar[Shape] = "inverse_block"
@@ -55,6 +55,12 @@ class LatentOptions(Options):
             raise ValueError(f"does not divide decoder_width {info.data['decoder_width']}")
         return groups
 
+    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+        return Latent(vit(model), self, geometry)
+
+    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        return latent_cost(vit(model), self, geometry, mask_ratio)
+
 
 def teacher_decay(options: LatentOptions, u: float) -> float:
     """The share of itself that the teacher keeps in a step, at the fraction `u` of the run."""
@@ -71,7 +77,7 @@ def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
     return (x - mean) * (variance + 1e-5).rsqrt()
 
 
-class Latent(nn.Module):
+class Latent(Objective):
     """Encoder of what each view keeps, convolutional decoder of all; teacher of the whole clip.
 
     The loss is the mean squared error of the masked tokens' targets, and of the clip's own target, which the class

@@ -10,21 +10,21 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Shape, num_masked
+from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.decoder import Decoder, decoder_cost
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.models.patches import patchify, real_values
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
-from ssl_c2f.objectives.step import StepResult, features_of, pictures_of
-from ssl_c2f.options import Options
+from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult, features_of, pictures_of, vit
 
 
-class MAEOptions(Options):
+class MAEOptions(ObjectiveOptions):
     """The decoder is thin: at 8 x 512 it would cost more than the encoder that it trains."""
 
     mask_shape: ClassVar[Shape] = "uniform"
@@ -40,8 +40,14 @@ class MAEOptions(Options):
             raise ValueError(f"decoder_width {self.decoder_width} is no multiple of decoder_heads {self.decoder_heads}")
         return self
 
+    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+        return MAE(vit(model), self, geometry)
 
-class MAE(nn.Module):
+    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        return mae_cost(vit(model), self, geometry, mask_ratio)
+
+
+class MAE(Objective):
     """Encoder of the kept patches, decoder of all, mean squared error on the masked ones."""
 
     views, comparable_loss = 1, True
@@ -74,9 +80,6 @@ class MAE(nn.Module):
         error = (predictions.float() - targets).square() * weight
         count = weight.sum((1, 2)).clamp(min=1)  # a short clip may be a single token, which is never masked
         return StepResult((error.sum((1, 2)) / count).mean())
-
-    def after_step(self, t: float) -> None:
-        """Nothing moves but what the optimiser moves."""
 
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:

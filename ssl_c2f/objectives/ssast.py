@@ -18,16 +18,16 @@ from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
 from ssl_c2f.masking import Mask, Shape, num_masked
+from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.models.patches import patchify, real_values
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
-from ssl_c2f.objectives.step import StepResult, features_of, pictures_of
-from ssl_c2f.options import Options
+from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult, features_of, pictures_of, vit
 
 Softmax = Literal["targets", "predictions"]
 
 
-class SSASTOptions(Options):
+class SSASTOptions(ObjectiveOptions):
     """Defaults are sound and cheap; `passes: two`, `softmax: predictions` and `mask.shape=one_way_cluster` are what the
     published code does."""
 
@@ -36,6 +36,12 @@ class SSASTOptions(Options):
     passes: Literal["one", "two"] = Field("one", description="two: a pass and a mask of its own for each loss")
     softmax: Softmax = Field("targets", description="targets: for each prediction, over the clip's hidden patches")
     mse_weight: float = Field(10.0, ge=0)
+
+    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+        return SSAST(vit(model), self, geometry)
+
+    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        return ssast_cost(vit(model), self, geometry, mask_ratio)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def head(width: int, patch_dim: int, last: Literal["to_match", "to_patch"]) -> n
     return nn.Sequential(OrderedDict(layers)).apply(initialise)
 
 
-class SSAST(nn.Module):
+class SSAST(Objective):
     """Encoder of all tokens, the masked ones replaced by one learned embedding, and a head for each of the losses.
 
     For those who bring published weights: `encoder` is `v`, `mask_token` is `mask_embed`, `match_head` is `cpredlayer`
@@ -122,9 +128,6 @@ class SSAST(nn.Module):
             "nce": nce.detach(), "nce_accuracy": found.accuracy.mean(), "mse": mse.detach(),
             "nce_k": count.mean(), "nce_chance": count.log().mean(),
         })
-
-    def after_step(self, t: float) -> None:
-        """Nothing moves but what the optimiser moves."""
 
     @torch.no_grad()
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:

@@ -1,4 +1,4 @@
-"""What every objective gives back, and what masked ones share.
+"""What every objective is and gives back, and what masked ones share.
 
 Legend: B batch, T frames, F mel bins, N tokens, P values of a patch, D width.
 """
@@ -6,14 +6,20 @@ Legend: B batch, T frames, F mel bins, N tokens, P values of a patch, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
+from ssl_c2f.geometry import Geometry
+from ssl_c2f.masking import Shape
+from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.heads import Readout, read_out
 from ssl_c2f.models.patches import patchify, unpatchify
-from ssl_c2f.models.vit import Encoder
+from ssl_c2f.models.vit import Encoder, EncoderOptions
+from ssl_c2f.options import Options
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,50 @@ class StepResult:
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """An encoder and its heads, from a batch to a loss. `encoder` is what is carried over, probed and fine-tuned."""
+
+    views: int  # masks per clip
+    comparable_loss: bool  # whether validation may compare it
+    geometry: Geometry
+    encoder: Any  # of either backbone
+
+    def forward(self, batch: Batch) -> StepResult:
+        raise NotImplementedError
+
+    def after_step(self, u: float) -> None:
+        """Called after each step of the optimiser, at the fraction `u` of the run."""
+
+    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
+        """(B, D) features of whole clips ((B, 2 D) for mean_std), without gradients."""
+        raise NotImplementedError
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Spectrograms (B, T, F) by name, the input first; NaN is what is not shown."""
+        raise NotImplementedError
+
+
+class ObjectiveOptions(Options):
+    """The options of an objective, found by their `name`."""
+
+    mask_shape: ClassVar[Shape] = "uniform"  # unless mask.shape says otherwise
+    name: str
+
+    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+        """The objective in a geometry, freshly initialised from torch's global generator."""
+        raise NotImplementedError
+
+    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        """Costs of one clip in one training step."""
+        raise NotImplementedError
+
+
+def vit(model: AnyModel) -> EncoderOptions:
+    """The encoder that can leave tokens out, as masked objectives need it; `RunOptions` lets them have no other."""
+    assert isinstance(model, EncoderOptions)
+    return model
 
 
 def features_of(encoder: Encoder, batch: Batch, kind: Readout) -> Tensor:

@@ -5,35 +5,38 @@ Legend: B batch, N tokens, C classes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_c2f import cost
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import Shape
 from ssl_c2f.models.backbones import AnyModel, build_encoder, whole_cost
 from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.objectives.step import StepResult
-from ssl_c2f.options import Options
+from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult
 
 
-class SupervisedOptions(Options):
+class SupervisedOptions(ObjectiveOptions):
     """Single-label data are learned with cross-entropy, multi-label data with a sigmoid for each class."""
 
-    mask_shape: ClassVar[Shape] = "uniform"  # nothing is masked
     name: Literal["supervised"] = "supervised"
     head: HeadKind = Field("mean_pool", description="ast: mean of the class tokens; linear: a probe, encoder frozen")
     labels: Literal["single", "multi"] = "single"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
+    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+        return Supervised(model, self, geometry, num_classes)
 
-class Supervised(nn.Module):
+    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        return supervised_cost(model, self, geometry, num_classes)
+
+
+class Supervised(Objective):
     """Encoder of all tokens and a linear head."""
 
     views, comparable_loss = 0, True
@@ -67,9 +70,6 @@ class Supervised(nn.Module):
             return StepResult(loss, {"accuracy": right.detach()})
         targets = labels * (1 - smoothing) + 0.5 * smoothing
         return StepResult(F.binary_cross_entropy_with_logits(logits, targets))
-
-    def after_step(self, t: float) -> None:
-        """Nothing moves but what the optimiser moves."""
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
