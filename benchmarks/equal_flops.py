@@ -45,7 +45,7 @@ def recipe(root: str, method: str, budget: float, seed: int, lr: float) -> dict[
             for i, (share, factor) in enumerate(CURRICULA[curriculum])
         ],
         "evaluation": {"every": 1000.0, "mask_draws": 8},
-        "train": {"checkpoint_every": 10**6, "log_every": 20},
+        "train": {"checkpoint_every": 10**6, "log_every": 20, "rehearse": False},  # every FLOP is in the budget
         "tracking": {"wandb": "off"},
     }
 

@@ -49,7 +49,7 @@ def recipe(root: str, backbone: str, method: str, fold: int, seed: int, epochs: 
             for i, (share, factor) in enumerate(CURRICULA[method])
         ],
         "evaluation": {"every": 1000.0},
-        "train": {"checkpoint_every": 10**6, "log_every": 20},
+        "train": {"checkpoint_every": 10**6, "log_every": 20, "rehearse": False},
         "tracking": {"wandb": "off"},
     }
 
