@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from ssl_c2f.objectives import AnyOptions
+from ssl_c2f.objectives import AnyOptions, Objective, ObjectiveOptions
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/models.md").read_text()
@@ -59,3 +59,10 @@ def test_the_example_trains(sounds: Path, tmp_path: Path) -> None:
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 18 and sum(losses[-3:]) < sum(losses[:3])
     assert all(line["val/loss"] > 0 for line in lines if "val/knn_accuracy" in line)
+
+
+def test_an_objective_that_lacks_a_part_is_refused_when_it_is_made() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        ObjectiveOptions(name="half")  # type: ignore[abstract]
+    with pytest.raises(TypeError, match="abstract"):
+        Objective()  # type: ignore[abstract]

@@ -5,6 +5,7 @@ Legend: B batch, T frames, F mel bins, N tokens, P values of a patch, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ class StepResult:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """An encoder and its heads, from a batch to a loss. `encoder` is what is carried over, probed and fine-tuned."""
 
     views: int  # masks per clip
@@ -38,34 +39,35 @@ class Objective(nn.Module):
     geometry: Geometry
     encoder: Any  # of either backbone
 
+    @abstractmethod
     def forward(self, batch: Batch) -> StepResult:
-        raise NotImplementedError
+        """The loss, and what is logged beside it."""
 
     def after_step(self, u: float) -> None:
         """Called after each step of the optimiser, at the fraction `u` of the run."""
 
+    @abstractmethod
     def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
         """(B, D) features of whole clips ((B, 2 D) for mean_std), without gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F) by name, the input first; NaN is what is not shown."""
-        raise NotImplementedError
 
 
-class ObjectiveOptions(Options):
+class ObjectiveOptions(Options, ABC):
     """The options of an objective, found by their `name`."""
 
     mask_shape: ClassVar[Shape] = "uniform"  # unless mask.shape says otherwise
     name: str
 
+    @abstractmethod
     def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
         """The objective in a geometry, freshly initialised from torch's global generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
         """Costs of one clip in one training step."""
-        raise NotImplementedError
 
 
 def vit(model: AnyModel) -> EncoderOptions:
