@@ -36,7 +36,7 @@ from ssl_c2f.options import UserError
 PACKAGES = ("ssl_c2f", "torch", "torchaudio", "timm", "lightly", "numpy")
 _SECRET = re.compile(r"(?i)^[\w.-]*(key|token(?!s)|secret|passw)[\w.-]*$")
 _IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
-_GLANCE = 1.0  # seconds: one that only looks whether a run is locked holds the lock for an instant, and has no name
+_GLANCE = 0.3  # seconds: one that only looks whether a run is locked holds the lock for an instant
 _locks: set[int] = set()  # descriptors of the locks that this process holds
 
 
@@ -296,17 +296,15 @@ def _take(descriptor: int, file: Path) -> None:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(file)
-            if not holder and time.monotonic() < until:
-                time.sleep(0.01)
-                continue
-            holder = holder or {"pid": "?", "host": "?", "started": "?"}
-            raise UserError(
-                f"{file.parent} is being written by process {holder['pid']} on {holder['host']} since "
-                f"{holder['started']}"
-            ) from None
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
         except OSError as error:
             raise UserError(f"cannot lock {file}: {error.strerror}") from error
+    holder = _holder(file) or {"pid": "?", "host": "?", "started": "?"}
+    raise UserError(
+        f"{file.parent} is being written by process {holder['pid']} on {holder['host']} since {holder['started']}"
+    )
 
 
 def _holder(file: Path) -> dict[str, Any] | None:

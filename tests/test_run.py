@@ -63,14 +63,14 @@ def test_a_second_writer_is_refused_and_told_who_holds_the_folder(run: RunFolder
         assert previous is None
 
 
-def test_one_that_looks_whether_a_run_is_locked_stops_no_writer(run: RunFolder) -> None:
-    with run.lock():
-        pass
+@pytest.mark.parametrize("left", ["", json.dumps({"pid": 4242, "host": "there", "started": "before"})])
+def test_one_that_looks_whether_a_run_is_locked_stops_no_writer(left: str, run: RunFolder) -> None:
+    (run.path / "lock").write_text(left)  # by the last writer, which let go or died
     looking = open(run.path / "lock")  # noqa: SIM115 (closed by the timer)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    threading.Timer(0.2, looking.close).start()
+    threading.Timer(0.05, looking.close).start()
     with run.lock() as previous:
-        assert previous is None and looking.closed
+        assert bool(previous) == bool(left) and looking.closed
 
 
 def test_the_lock_of_a_killed_process_is_noticed(run: RunFolder) -> None:
