@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f import engine, options
-from ssl_c2f.recipe import RunOptions
-from ssl_c2f.summary import read_metrics
+from ssl_c2f.core import options
+from ssl_c2f.report.summary import read_metrics
+from ssl_c2f.train import engine
+from ssl_c2f.train.recipe import RunOptions
 
 # (share of the FLOPs, time factor) of each phase
 CURRICULA = {"single": [(1.0, 1)], "c2f": [(0.4, 4), (0.35, 2), (0.25, 1)]}

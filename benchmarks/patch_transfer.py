@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ssl_c2f import engine, options
-from ssl_c2f import transfer as transfers
+from ssl_c2f.core import options
+from ssl_c2f.curriculum import transfer as transfers
+from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import Masking
-from ssl_c2f.geometry import Geometry
 from ssl_c2f.objectives import Objective
-from ssl_c2f.recipe import RunOptions
-from ssl_c2f.transfer import transfer
-from ssl_c2f.validate import batches
-from ssl_c2f.weights import load_weights, rebuild
+from ssl_c2f.train import engine
+from ssl_c2f.train.recipe import RunOptions
+from ssl_c2f.train.validate import batches
+from ssl_c2f.train.weights import load_weights, rebuild
 
 DRAWS, RATIO = 20, 0.75
 

@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f import engine, options
-from ssl_c2f.recipe import RunOptions
-from ssl_c2f.summary import read_metrics
+from ssl_c2f.core import options
+from ssl_c2f.report.summary import read_metrics
+from ssl_c2f.train import engine
+from ssl_c2f.train.recipe import RunOptions
 
 FOLDS = (1, 2, 3, 4, 5)
 CURRICULA = {"single phase": [(1.0, 1)], "c2f": [(0.5, 4), (0.25, 2), (0.25, 1)]}  # (share of the epochs, time factor)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_c2f.cli import parse
-from ssl_c2f.options import UserError
+from ssl_c2f.core.options import UserError
 
 WORDS = "a YAML file or the name of a shipped config, then overrides such as data.root=FOLDER phases.0.epochs=5"
 CLUSTER = "auto: slurm where sbatch is there and sinfo answers, else local; debug: in this process"
@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a job failed, 2 for a user's mistake (told in one line)."""
     try:
         arguments = parse(parser(), words)
-        from ssl_c2f import launching  # imports torch: --help need not
+        from ssl_c2f.launch import commands as launching  # imports torch: --help need not
 
         return launching.launch(arguments)
     except UserError as error:

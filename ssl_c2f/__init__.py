@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl_c2f.auto import create_model, list_models
-    from ssl_c2f.hub import AudioModel
+    from ssl_c2f.tasks.auto import create_model, list_models
+    from ssl_c2f.tasks.hub import AudioModel
 
 __version__ = "0.1.0"
 __all__ = ["AudioModel", "__version__", "create_model", "list_models"]
@@ -19,6 +19,6 @@ __all__ = ["AudioModel", "__version__", "create_model", "list_models"]
 def __getattr__(name: str) -> Any:
     if name not in ("AudioModel", "create_model", "list_models"):
         raise AttributeError(f"module 'ssl_c2f' has no attribute {name!r}")
-    from ssl_c2f import auto
+    from ssl_c2f.tasks import auto
 
     return getattr(auto, name)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssl_c2f import __version__
-from ssl_c2f.options import UserError
+from ssl_c2f.core.options import UserError
 
 if TYPE_CHECKING:
-    from ssl_c2f.data.inspect import DataCommandOptions
+    from ssl_c2f.tasks.data import DataCommandOptions
 
 CONFIG_HELP = "a YAML file or the name of a shipped config, then overrides such as optim.lr=1e-3 phases.0.epochs=5"
 
@@ -147,15 +147,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from ssl_c2f.demo import demo
+    from ssl_c2f.tasks.demo import demo
 
     demo(arguments.folder)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import config, engine
-    from ssl_c2f.summary import print_summary
-    from ssl_c2f.weights import initial_weights
+    from ssl_c2f.report.summary import print_summary
+    from ssl_c2f.tasks import config
+    from ssl_c2f.train import engine
+    from ssl_c2f.train.weights import initial_weights
 
     command: str = arguments.command
     model: type[config.FolderOptions] = config.PretrainOptions if command == "pretrain" else config.TrainOptions
@@ -166,9 +167,9 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import config
-    from ssl_c2f.finetune import FinetuneOptions, checkpoint_defaults, finetune
-    from ssl_c2f.weights import load_weights
+    from ssl_c2f.tasks import config
+    from ssl_c2f.tasks.finetune import FinetuneOptions, checkpoint_defaults, finetune
+    from ssl_c2f.train.weights import load_weights
 
     words = [*([arguments.config] if arguments.config else []), *arguments.words]
     defaults = checkpoint_defaults(load_weights(arguments.ckpt))
@@ -177,29 +178,29 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import options
-    from ssl_c2f.evaluate import EvaluateOptions, evaluate
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks.evaluate import EvaluateOptions, evaluate
 
     evaluate(arguments.ckpt, options.load(EvaluateOptions, None, arguments.words))
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import options
-    from ssl_c2f.probe import ProbeOptions, probe
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks.probe import ProbeOptions, probe
 
     probe(arguments.ckpt, options.load(ProbeOptions, None, arguments.words))
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import options
-    from ssl_c2f.embed import EmbedOptions, embed
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks.embed import EmbedOptions, embed
 
     embed(arguments.ckpt, options.load(EmbedOptions, None, arguments.words))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import options
-    from ssl_c2f.predict import PredictOptions, predict
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks.predict import PredictOptions, predict
 
     paths = [Path(word) for word in arguments.words if "=" not in word or Path(word).exists()]
     overrides = [word for word in arguments.words if Path(word) not in paths]
@@ -207,22 +208,22 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import config
-    from ssl_c2f.plan import print_plan
+    from ssl_c2f.tasks import config
+    from ssl_c2f.tasks.plan import print_plan
 
     print_plan(config.read_any(arguments.words), clips=arguments.clips, measure=arguments.measure)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import options
-    from ssl_c2f.convert import convert
-    from ssl_c2f.weights import ImportOptions
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks.convert import convert
+    from ssl_c2f.train.weights import ImportOptions
 
     convert(arguments.file, arguments.out, options.load(ImportOptions, None, arguments.words))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from ssl_c2f.export import export
+    from ssl_c2f.tasks.export import export
 
     export(arguments.ckpt, arguments.format, arguments.out)
 
@@ -242,20 +243,22 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _config_show(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import config, options
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks import config
 
     print(options.dump(config.read_any(arguments.words)), end="")
 
 
 def _config_validate(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import config
+    from ssl_c2f.tasks import config
 
     options = config.read_any(arguments.words)
     print(f"{' '.join(arguments.words) or 'the default config'} is valid ({len(options.phases)} phases)")
 
 
 def _config_diff(arguments: argparse.Namespace) -> None:
-    from ssl_c2f import config, options
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks import config
 
     if len(arguments.words) != 2:
         raise UserError("config diff takes two configs")
@@ -265,38 +268,38 @@ def _config_diff(arguments: argparse.Namespace) -> None:
 
 
 def _data_options(arguments: argparse.Namespace) -> DataCommandOptions:
-    from ssl_c2f import options
-    from ssl_c2f.data.inspect import DataCommandOptions
+    from ssl_c2f.core import options
+    from ssl_c2f.tasks.data import DataCommandOptions
 
     return options.load(DataCommandOptions, None, arguments.words)
 
 
 def _data_manifest(arguments: argparse.Namespace) -> None:
-    from ssl_c2f.data import inspect
+    from ssl_c2f.tasks import data as inspect
 
     inspect.manifest(_data_options(arguments), arguments.out)
 
 
 def _data_build(arguments: argparse.Namespace) -> None:
-    from ssl_c2f.data import inspect
+    from ssl_c2f.tasks import data as inspect
 
     inspect.build_public(_data_options(arguments), arguments.set, arguments.out, arguments.download)
 
 
 def _data_shard(arguments: argparse.Namespace) -> None:
-    from ssl_c2f.data import inspect
+    from ssl_c2f.tasks import data as inspect
 
     inspect.shard(_data_options(arguments), arguments.out, arguments.gigabytes)
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from ssl_c2f.data import inspect
+    from ssl_c2f.tasks import data as inspect
 
     return inspect.check(_data_options(arguments))
 
 
 def _data_stats(arguments: argparse.Namespace) -> None:
-    from ssl_c2f.data import inspect
+    from ssl_c2f.tasks import data as inspect
 
     inspect.stats(_data_options(arguments))
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssl_c2f import draws
+from ssl_c2f.core import draws
+from ssl_c2f.curriculum.geometry import AudioOptions, Geometry, make_geometry
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Masking, Statistics
-from ssl_c2f.geometry import AudioOptions, Geometry, make_geometry
 from ssl_c2f.models.vit import EncoderOptions
 
 AUDIO = AudioOptions(num_mels=16, clip_seconds=0.5)

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Of these, nothing but each other and options: they know nothing of audio.
-LEAVES = ("options", "checkpoint", "run", "tracking", "wandb_run", "progress", "distributed", "draws", "signals")
-
-# A module imports only from those above it. A package is one entry: its modules may import each other, without cycles.
-ORDER = (
-    "geometry", "phases", "cost", "spectrogram", "compress", "masking", "data", "models", "transfer", "objectives",
-    "optim", "metrics", "recipe", "weights", "validate", "pictures", "training", "publish",
-    "engine",
-    # things done with an engine or a run folder
-    "inference", "evaluate", "probe", "embed", "predict", "finetune", "convert", "export", "hub", "auto", "config",
-    "plan", "summary", "report", "demo", "jobs", "cluster", "local", "schedule", "jobstatus", "launching",
-    "cli", "__main__",
-)
+# Top to bottom: a folder imports only from those below it. Within a folder any order will do, without cycles.
+ORDER = ("__main__", "cli", "jobs", "launch", "tasks", "report", "train", "objectives", "models", "data", "curriculum",
+         "track", "core")
+ROOMS, FLOORS = 16, 9  # files and folders of the package's top, and the longest chain of imports between them
 
 
 def python_files() -> list[Path]:
@@ -65,20 +57,33 @@ def imports(file: Path, known: set[str]) -> set[str]:
 GRAPH = {name: imports(file, set(MODULES)) for name, file in MODULES.items()}
 
 
+def top(name: str) -> str:
+    """data.dataset -> data"""
+    return name.partition(".")[0]
+
+
 def breaches(graph: dict[str, set[str]]) -> list[str]:
     """Imports against the order."""
-    places = {name: place for place, name in enumerate(ORDER)}
-    found = []
+    floors = {name: -place for place, name in enumerate(ORDER)}
+    return [
+        f"{name} imports {other}" for name, wanted in graph.items() if name for other in sorted(wanted)
+        if top(name) != top(other) and floors[top(other)] >= floors[top(name)]
+    ]
+
+
+def height(graph: dict[str, set[str]]) -> int:
+    """Rooms in the longest chain of imports between rooms."""
+    rooms: dict[str, set[str]] = {}
     for name, wanted in graph.items():
-        top = name.partition(".")[0]
-        here = places.get(top, len(ORDER))
-        for other in sorted(wanted):
-            above = other.partition(".")[0]
-            if above in LEAVES or above == top:
-                continue
-            if top in LEAVES or places.get(above, len(ORDER)) > here:
-                found.append(f"{name} imports {other}")
-    return found
+        rooms.setdefault(top(name), set()).update({top(other) for other in wanted} - {top(name)})
+    heights: dict[str, int] = {}
+
+    def of(room: str) -> int:
+        if room not in heights:
+            heights[room] = 1 + max((of(below) for below in rooms[room]), default=0)
+        return heights[room]
+
+    return max(map(of, rooms))
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -94,13 +99,12 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_every_module_has_its_place() -> None:
-    homeless = {name.partition(".")[0] for name in MODULES} - {*LEAVES, *ORDER, ""}
+    homeless = {top(name) for name in MODULES} - {*ORDER, ""}
     assert not homeless, f"put {sorted(homeless)} into the order, and into the tree of the README"
-    assert len({*LEAVES, *ORDER}) == len(LEAVES) + len(ORDER)
     assert all(other in MODULES for wanted in GRAPH.values() for other in wanted)
 
 
-def test_modules_import_only_from_those_above_them() -> None:
+def test_folders_import_only_from_those_below_them() -> None:
     assert not breaches(GRAPH)
 
 
@@ -108,18 +112,36 @@ def test_no_module_imports_itself_round_a_corner() -> None:
     assert not cycle(GRAPH)
 
 
+def test_the_house_is_small_enough_to_be_seen_whole() -> None:
+    inside = {name: wanted for name, wanted in GRAPH.items() if name}
+    assert len({top(name) for name in inside}) <= ROOMS
+    assert height(inside) <= FLOORS
+
+
+def test_tests_stand_where_what_they_test_does() -> None:
+    folders = {file.relative_to(ROOT / "tests").parts[0] for file in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders - {"slurm"} <= set(ORDER)
+
+
+def test_no_test_imports_another() -> None:
+    texts = {file: file.read_text() for file in (ROOT / "tests").rglob("*.py")}
+    found = [file for file, text in texts.items() if re.search(r"^(from|import) test_", text, re.MULTILINE)]
+    assert found == []
+
+
 def test_breaches_and_cycles_are_found() -> None:
-    assert breaches({"geometry": {"phases"}, "options": {"cost"}, "data.a": {"data.b", "draws"}}) == [
-        "geometry imports phases", "options imports cost",
+    assert breaches({"curriculum.phases": {"data.masks", "core.draws"}, "core.options": {"curriculum.cost"}}) == [
+        "curriculum.phases imports data.masks", "core.options imports curriculum.cost",
     ]
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
-    assert {"geometry", "models.vit", "data.front_end"} <= GRAPH["objectives.mae"]
-    assert "config" in GRAPH["cli"]  # also what is imported late
+    assert height({"a.x": {"a.y", "b.x"}, "a.y": set(), "b.x": {"b.y"}, "b.y": {"c"}, "c": set()}) == 3
+    assert {"curriculum.geometry", "models.vit", "data.front_end"} <= GRAPH["objectives.mae"]
+    assert "tasks.config" in GRAPH["cli"]  # also what is imported late
 
 
 def test_files_are_short() -> None:
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in python_files()}
-    assert "tests/test_architecture.py" in lengths and "ssl_c2f/engine.py" in lengths
+    assert "tests/test_architecture.py" in lengths and "ssl_c2f/train/engine.py" in lengths
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 

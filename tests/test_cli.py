@@ -14,7 +14,9 @@ import pytest
 import soundfile
 import tiny
 
-from ssl_c2f import cli, config, options
+from ssl_c2f import cli
+from ssl_c2f.core import options
+from ssl_c2f.tasks import config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

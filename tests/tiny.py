@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f import checkpoint, options
-from ssl_c2f.recipe import RunOptions
+from ssl_c2f.core import checkpoint, options
+from ssl_c2f.train.recipe import RunOptions
 
 OF_TIME = ("train_seconds", "clips_per_second", "data_wait")  # what differs between two runs that are the same
 

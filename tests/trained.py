@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from ssl_c2f import engine, options
+from ssl_c2f.core import options
 from ssl_c2f.data.synthetic import render
-from ssl_c2f.recipe import RunOptions
+from ssl_c2f.train import engine
+from ssl_c2f.train.recipe import RunOptions
 
 CLASSES = ("chirp_down", "chirp_up", "clicks_slow")
 RATE = 8000

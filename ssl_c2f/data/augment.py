@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_c2f import draws
-from ssl_c2f.options import Options
+from ssl_c2f.core import draws
+from ssl_c2f.core.options import Options
 
 
 class AugmentOptions(Options):

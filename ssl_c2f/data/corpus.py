@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ssl_c2f import draws
+from ssl_c2f.core import draws
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import RunFolder, append_line, write_text
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.dataset import DataOptions, Source, Windows, fill_cache, in_batches, make_loader, open_manifest, split
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import Manifest
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.options import UserError
-from ssl_c2f.run import RunFolder, append_line, write_text
 
 
 @dataclass

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_c2f import draws
+from ssl_c2f.core import draws
+from ssl_c2f.core.options import Options, UserError
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.augment import AugmentOptions, mixup_share
 from ssl_c2f.data.decode import AudioError, Place, read_audio, resampled_length
 from ssl_c2f.data.front_end import Items
 from ssl_c2f.data.manifest import Manifest, read_manifest, scan
 from ssl_c2f.data.sampler import clip_at
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.options import Options, UserError
 
 _REPLACEMENTS = 100  # other clips tried in place of an unreadable one
 _CHUNK = 4096  # frames of a long recording that are computed at a time

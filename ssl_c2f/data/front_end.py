@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_c2f import draws
-from ssl_c2f.compress import pool_time
+from ssl_c2f.core import draws
+from ssl_c2f.curriculum.compress import pool_time
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.augment import AugmentOptions, spec_augment
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import Mask, Shape, draw_mask
-from ssl_c2f.spectrogram import Fbank
+from ssl_c2f.data.masks import Mask, Shape, draw_mask
+from ssl_c2f.data.spectrogram import Fbank
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import write_text
 from ssl_c2f.data.decode import AudioError, Member, read_header
-from ssl_c2f.options import UserError
-from ssl_c2f.run import write_text
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 _COLUMNS = ("path", "label", "labels", "fold", "num_samples", "sample_rate", "channels", "shard", "offset", "size")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_c2f.core.options import UserError
 from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest, Progress, checked
-from ssl_c2f.options import UserError
 
 TRAIN, VALIDATION, TEST = 1, 2, 3
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from ssl_c2f import draws
-from ssl_c2f.phases import Curriculum
+from ssl_c2f.core import draws
+from ssl_c2f.curriculum.phases import Curriculum
 
 
 @lru_cache(maxsize=2)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ssl_c2f.core.options import UserError
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
-from ssl_c2f.options import UserError
 
 
 def write_shards(

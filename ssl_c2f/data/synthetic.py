@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from ssl_c2f import draws
+from ssl_c2f.core import draws
 
 Samples = npt.NDArray[np.float64]
 

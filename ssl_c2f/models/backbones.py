@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from ssl_c2f import cost
-from ssl_c2f.geometry import Geometry
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.models.htsat import HTSAT, HTSATOptions, htsat_bytes, htsat_cost
 from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
 

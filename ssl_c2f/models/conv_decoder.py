@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_c2f import cost
-from ssl_c2f.geometry import Geometry
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.models.decoder import fill_gaps
 from ssl_c2f.models.vit import initialise, position_table
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssl_c2f import cost
-from ssl_c2f.geometry import Geometry
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.models.vit import EncoderOptions, attention_mask, blocks, initialise, position_table
 
 

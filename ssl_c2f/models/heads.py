@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_c2f.options import UserError
+from ssl_c2f.core.options import UserError
 
 Readout = Literal["mean", "mean_std", "class_token"]
 HeadKind = Literal["mean_pool", "class_token", "ast", "linear"]

@@ -17,10 +17,10 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_c2f import cost
-from ssl_c2f.geometry import Geometry
+from ssl_c2f.core.options import Options
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry, stage_grid
 from ssl_c2f.models.vit import initialise
-from ssl_c2f.options import Options
 
 
 class HTSATOptions(Options):
@@ -103,7 +103,7 @@ class HTSAT(nn.Module):
         for stage, (width, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
             if stage:
                 self.merges[str(len(self.blocks))] = PatchMerging(options.widths[stage - 1], width)
-            grid = grid_of(geometry, stage)
+            grid = stage_grid(geometry, stage)
             for i in range(depth):
                 rate = options.drop_path * len(self.blocks) / max(options.depth - 1, 1)
                 shift = options.window // 2 if i % 2 else 0
@@ -136,12 +136,6 @@ class HTSAT(nn.Module):
         return F.max_pool2d(fold(cells, g)[:, None], g.merge).flatten(1) > 0
 
 
-def grid_of(geometry: Geometry, stage: int) -> tuple[int, int]:
-    """(H, W) of a stage, the first being 0."""
-    height, width = geometry.folded
-    return height >> stage, width >> stage
-
-
 def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
     """(windows, tokens of a window, the same) to add to attention's scores; None where all may attend to all.
 
@@ -160,26 +154,13 @@ def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int
     return torch.where(kinds[:, :, None] == kinds[:, None], 0.0, -100.0)
 
 
-def window_of(table_length: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The window, clipped to the grid, whose relative position biases are so many.
-
-    Raises:
-        ValueError: none has.
-    """
-    for size in range(1, max(grid) + 1):
-        height, width = (min(size, side) for side in grid)
-        if (2 * height - 1) * (2 * width - 1) == table_length:
-            return height, width
-    raise ValueError(f"{table_length} relative positions fit no window in a grid of {grid[0]}x{grid[1]}")
-
-
 def htsat_cost(options: HTSATOptions, geometry: Geometry, passes: float = 3.0) -> list[cost.Part]:
     """The encoder over the folded grid, padding included; no gradient flows into the spectrogram."""
     height, width = geometry.folded
     embedding = cost.linear(height * width, geometry.patch_dim, options.widths[0])
     flops = 0.0
     for stage, (dim, depth) in enumerate(zip(options.widths, options.depths, strict=True)):
-        grid = grid_of(geometry, stage)
+        grid = stage_grid(geometry, stage)
         tokens, (windowed, area) = grid[0] * grid[1], _windows(grid, options.window)
         if stage:
             flops += cost.linear(tokens, 4 * options.widths[stage - 1], dim)
@@ -196,7 +177,7 @@ def htsat_bytes(options: HTSATOptions, geometry: Geometry, bytes_per_value: int 
     windows have no fused attention by default: the softmax's in fp32, and under autocast a copy for the product."""
     total = 0.0
     for stage, (dim, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
-        grid = grid_of(geometry, stage)
+        grid = stage_grid(geometry, stage)
         windowed, area = _windows(grid, options.window)
         total += cost.transformer_bytes(grid[0] * grid[1], dim, depth, options.mlp_ratio, bytes_per_value)
         total += (4 if bytes_per_value == 4 else 4 + bytes_per_value) * depth * heads * windowed * area

@@ -11,7 +11,7 @@ from einops import rearrange
 from lightly.models.utils import get_2d_sine_cosine_positional_embedding_from_grid
 from torch import Tensor
 
-from ssl_c2f.geometry import Geometry
+from ssl_c2f.curriculum.geometry import Geometry
 
 
 def patchify(spec: Tensor, geometry: Geometry) -> Tensor:

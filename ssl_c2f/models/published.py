@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_c2f.options import UserError
+from ssl_c2f.core.options import UserError
 
 AUDIOSET = (-4.2677393, 4.5689974)  # mean and deviation of its log-mel: AST, SSAST and AudioMAE normalise with them
 

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssl_c2f import cost
-from ssl_c2f.geometry import Geometry
+from ssl_c2f.core.options import Options
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.models.patches import sincos_positions
-from ssl_c2f.options import Options
 
 Positions = Literal["sincos", "learned"]
 

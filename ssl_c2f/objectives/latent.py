@@ -15,10 +15,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_c2f import cost
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import Shape, num_masked
+from ssl_c2f.data.masks import Shape, num_masked
 from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.conv_decoder import ConvDecoder, conv_decoder_cost
 from ssl_c2f.models.heads import Readout, read_out

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ssl_c2f import cost
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import Shape, num_masked
+from ssl_c2f.data.masks import Shape, num_masked
 from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.decoder import Decoder, decoder_cost
 from ssl_c2f.models.heads import Readout

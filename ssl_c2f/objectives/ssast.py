@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_c2f import cost
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import Mask, Shape, num_masked
+from ssl_c2f.data.masks import Mask, Shape, num_masked
 from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.models.patches import patchify, real_values

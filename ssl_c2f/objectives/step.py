@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssl_c2f import cost
+from ssl_c2f.core.options import Options
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.geometry import Geometry
-from ssl_c2f.masking import Shape
+from ssl_c2f.data.masks import Shape
 from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.heads import Readout, read_out
 from ssl_c2f.models.patches import patchify, unpatchify
 from ssl_c2f.models.vit import Encoder, EncoderOptions
-from ssl_c2f.options import Options
 
 
 @dataclass(frozen=True)

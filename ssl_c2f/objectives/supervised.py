@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_c2f import cost
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.geometry import Geometry
 from ssl_c2f.models.backbones import AnyModel, build_encoder, whole_cost
 from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
 from ssl_c2f.models.patches import patchify

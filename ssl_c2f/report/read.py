@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f.options import UserError
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.report.series import AXES, Log, read_log
-from ssl_c2f.run import RunFolder
 
 Json = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from ssl_c2f.core.run_folder import command_line
 from ssl_c2f.report.read import Clip, Json, PhaseData, RunData
-from ssl_c2f.run import command_line
 
 Cell = object  # text, or (text to show, number to sort by)
 _SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))

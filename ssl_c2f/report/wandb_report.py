@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f.options import UserError
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import RunFolder, command_line, write_text
 from ssl_c2f.report import sections
 from ssl_c2f.report.read import Json, RunData, read_json, read_runs
-from ssl_c2f.run import RunFolder, command_line, write_text
-from ssl_c2f.wandb_run import read_facts
+from ssl_c2f.track.wandb_run import read_facts
 
 KEPT = "wandb_report.json"
 _TITLE = 120  # characters; W&B takes 128

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f import cluster, schedule
+from ssl_c2f.launch import cluster, schedule
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40  # of a phase

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from cluster_runs import CONFIG, THREE, ClusterRun, go_on, launch, local, straight, wait_for, weights
 
-from ssl_c2f import cluster, schedule
-from ssl_c2f.jobstatus import parts_of
+from ssl_c2f.launch import cluster, schedule
+from ssl_c2f.launch.status import parts_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500), pytest.mark.usefixtures("slurm")]
 ONE_CPU = ("--cpus-per-task", 1, "--mem", "500MB")

@@ -16,7 +16,7 @@ from cluster_runs import weights as final_weights
 from submitit import SlurmJob
 from wandb_files import sent
 
-from ssl_c2f import cluster
+from ssl_c2f.launch import cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 Strike = Callable[[ClusterRun, str, list[int]], None]

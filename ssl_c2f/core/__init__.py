@@ -1,0 +1,1 @@
+"""What any training program needs, and nothing about audio: options, files, checkpoints, processes, progress."""

@@ -1,0 +1,84 @@
+"""The processes of a job: one alone, or those that torchrun started. Alone, every call is free."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssl_c2f.core.options import UserError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process's place among `world` processes. Every method must be called by all of them."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process: how all of them stop at the same step when one gets a signal."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes: (...) -> (...), a new tensor on this process's device."""
+        total = tensor.detach().to(self.device, copy=True)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everybody's `value`, which must be picklable, in the order of ranks."""
+        parts: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, value)
+        return parts
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value`, which must be picklable."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+
+def init(device: str = "auto", timeout_minutes: float = 30.0) -> Dist:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or be a process alone.
+
+    `device` is "cpu", "cuda" or "auto" for CUDA where there is any. Joining again is free. A process that waits for
+    another longer than `timeout_minutes` fails instead of hanging.
+    """
+    rank, world, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: there is none here, or this build of torch cannot use it")
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return Dist(rank, world, local_rank, place)

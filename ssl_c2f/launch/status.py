@@ -1,0 +1,145 @@
+"""`slurm/launch.py status`: how the jobs of a run are getting on, from its folder and the queue."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.progress import table
+from ssl_c2f.launch import cluster, local
+from ssl_c2f.launch.jobs import events_of
+from ssl_c2f.launch.schedule import read_jobs, slurm_ids
+from ssl_c2f.report.summary import read_metrics
+
+_TAIL = 3  # lines of a log
+
+
+@dataclass(frozen=True)
+class Part:
+    """One job of a run and what is known about it."""
+
+    run: Path
+    name: str
+    number: str
+    log: Path
+    state: str
+    error: str
+    requeues: int
+    step: str = "-"
+    rate: str = "-"
+    left: str = "-"
+
+    @property
+    def failed(self) -> bool:
+        return not self.state.startswith(
+            ("done", "started", "PENDING", "RUNNING", "COMPLET", "REQUEUE", "CONFIG", "SUSPENDED")
+        )
+
+
+def runs_below(path: Path) -> list[Path]:
+    """The folders with jobs: the run itself, its fine-tunings, or the variants of a sweep.
+
+    Raises:
+        UserError: none.
+    """
+    below = ("", "finetune/*/", "*/", "*/finetune/*/")
+    found = [file.parent for pattern in below for file in sorted(path.glob(f"{pattern}jobs.json"))]
+    if not found:
+        raise UserError(f"{path}: no jobs were submitted for it (there is no jobs.json)")
+    return list(dict.fromkeys(found))
+
+
+def parts_of(run: Path) -> list[Part]:
+    """All jobs that were submitted for a run, as they stand."""
+    jobs = read_jobs(run)
+    queue = cluster.active(slurm_ids(run)) if shutil.which("squeue") else {}
+    events = events_of(run)
+    parts = []
+    for name, job in jobs.items():
+        own = [event for event in events if event["part"] == name and event["job"] == job["id"]]
+        starts = [i for i, event in enumerate(own) if event["event"] == "started" and event["rank"] == 0]
+        since = own[starts[-1]:] if starts else []
+        failures = [event for event in since if event["event"] == "failed"]
+        if job["cluster"] == "local":
+            failures = failures or [event for event in since if event["event"] == "interrupted"]
+        now = "RUNNING" if local.is_running(job) else queue.get(job["id"], "")
+        state = now or ("done" if _is_done(run, name, own) else _ended(job, failures[0]["event"] if failures else ""))
+        error = failures[0]["error"] if failures and not now else ""
+        rank = failures[0]["rank"] if failures else 0
+        log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
+        requeues = max(len(starts) - 1, 0)
+        parts.append(Part(run, name, job["id"], log, state, error, requeues, *_pace(run, name)))
+    return parts
+
+
+def _ended(job: dict[str, Any], told: str) -> str:
+    """What became of a job that did not do its part, `told` being what it said of itself."""
+    if job["cluster"] == "slurm":
+        return cluster.ended(job["id"]) or told or "gone"
+    return told or ("gone" if local.is_here(job) else f"started on {job['host']}")
+
+
+def print_status(path: Path) -> None:
+    """A line for each job, then why those failed that did, and the ends of the logs of those that run.
+
+    Raises:
+        UserError: no job was submitted for this folder.
+    """
+    for run in runs_below(path):
+        parts = parts_of(run)
+        columns = ("part", "job", "state", "step", "clips/s", "left", "requeues")
+        table(str(run), columns, [(p.name, p.number, p.state, p.step, p.rate, p.left, p.requeues) for p in parts])
+        for part in parts:
+            if part.failed:
+                print(f"{part.name}: {part.error or part.state}")
+                print(f"  log: {part.log}")
+            elif part.state.startswith("RUNNING"):
+                print(f"{part.name}: {part.log}")
+                for line in _tail(part.log):
+                    print(f"  {line}")
+
+
+def _is_done(run: Path, name: str, own: list[dict[str, Any]]) -> bool:
+    """A phase has a marker of its own; a fold or an evaluation says so itself."""
+    if any((folder / "done").exists() for folder in (run / "phases").glob(f"*-{name}")):
+        return True
+    return any(event["event"] == "ended" and event["rank"] == 0 for event in own) and not any(
+        (run / "phases").glob(f"*-{name}")
+    )
+
+
+def _plan(run: Path) -> list[dict[str, Any]]:
+    file = run / "plan.json"
+    phases: list[dict[str, Any]] = json.loads(file.read_text())["phases"] if file.exists() else []
+    return phases
+
+
+def _pace(run: Path, name: str) -> tuple[str, str, str]:
+    """Steps of a phase, or of all phases of a fold, that are done, clips a second, and the time that is left."""
+    is_fold = name.startswith("fold-")
+    folder = run / name if (run / name / "plan.json").exists() else run  # recordings without folds have one fit, `run`
+    plan = _plan(folder)
+    own = [i for i, phase in enumerate(plan) if phase["name"] == name or is_fold]
+    if not own:
+        return "-", "-", "-"
+    first, steps = sum(phase["steps"] for phase in plan[: own[0]]), sum(plan[i]["steps"] for i in own)
+    names = {plan[i]["name"] for i in own}
+    records = [r for r in read_metrics(folder) if r["phase"] in names and "clips_per_second" in r]
+    if not records:
+        return f"0/{steps}", "-", "-"
+    done, rate, clips = records[-1]["step"] - first, records[-1]["clips_per_second"], 0
+    for i in own:
+        end = sum(phase["steps"] for phase in plan[: i + 1]) - first
+        clips += min(max(end - done, 0), plan[i]["steps"]) * plan[i]["batch_size"]
+    seconds = round(clips / rate)
+    left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return f"{done}/{steps}", f"{rate:.0f}", left
+
+
+def _tail(log: Path) -> list[str]:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return [line for line in lines if line.strip()][-_TAIL:]

@@ -1,0 +1,90 @@
+"""One set of options per command, filled from a shipped or own YAML file and dotted overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field, model_validator
+
+from ssl_c2f.core import options as files
+from ssl_c2f.core.options import Options, UserError
+from ssl_c2f.tasks.finetune import FinetuneOptions
+from ssl_c2f.train.recipe import RunOptions
+from ssl_c2f.train.weights import initial_weights
+
+DEFAULT = {"pretrain": "pretrain/mae_c2f", "train": "train/vit_c2f", "finetune": "finetune/default"}
+
+
+class FolderOptions(RunOptions):
+    """A run with a folder of its own."""
+
+    run_dir: str | None = Field(None, description="the run's folder; runs/CONFIG by default; given again, it resumes")
+    init: str | None = Field(None, description="weights to start from: what --ckpt takes, or a ViT of timm's by name")
+
+
+class PretrainOptions(FolderOptions):
+    """`ssl_c2f pretrain`."""
+
+    @model_validator(mode="after")
+    def _masked(self) -> PretrainOptions:
+        if self.objective.name == "supervised":
+            raise ValueError("objective supervised learns from labels: use ssl_c2f train")
+        return self
+
+
+class TrainOptions(FolderOptions):
+    """`ssl_c2f train`."""
+
+    @model_validator(mode="after")
+    def _supervised(self) -> TrainOptions:
+        if self.objective.name != "supervised":
+            raise ValueError(f"objective {self.objective.name} needs no labels: use ssl_c2f pretrain")
+        return self
+
+
+ENCODER = ("width", "depth", "heads", "mlp_ratio", "class_tokens", "positions")  # of weights; the rest can be resized
+COMMANDS: Mapping[str, type[RunOptions]] = {
+    "pretrain": PretrainOptions, "train": TrainOptions, "finetune": FinetuneOptions
+}
+T = TypeVar("T", bound=Options)
+
+
+def read(
+    command: str, model: type[T], words: Sequence[str], defaults: Mapping[str, Any] | None = None
+) -> tuple[T, str]:
+    """Options from `[CONFIG] [key=value ...]`, and the config's short name.
+
+    Raises:
+        UserError: see `options.load`.
+    """
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise UserError(f"give one config, not {' and '.join(names)} (overrides are KEY=VALUE)")
+    file = files.find_config(names[0] if names else DEFAULT[command], command)
+    overrides = [word for word in words if "=" in word]
+    options = files.load(model, file, overrides, defaults)
+    if isinstance(options, FolderOptions) and options.init:
+        overrides = [word for word in overrides if not word.startswith("init=")]
+        options = files.load(model, file, [*_as_its_weights(options.init), *overrides], defaults)
+    return options, file.stem
+
+
+def _as_its_weights(init: str) -> list[str]:
+    """Overrides that give a run the encoder of the weights that it starts from, wherever it is started."""
+    of = initial_weights(init).options["model"]
+    place = Path(init).resolve() if Path(init).exists() else init
+    return [*(f"model.{key}={of[key]}" for key in ENCODER if key in of), f"init={place}"]
+
+
+def read_any(words: Sequence[str]) -> RunOptions:
+    """Options of a config for whichever command it is: by its folder's name, else by what its objective says."""
+    names = [word for word in words if "=" not in word]
+    file = files.find_config(names[0] if names else DEFAULT["pretrain"], "pretrain")
+    command = file.parent.name
+    if command not in COMMANDS:
+        labelled = re.search(r"\bname:\s*supervised\b", file.read_text(encoding="utf-8", errors="replace"))
+        command = "train" if labelled else "pretrain"
+    return read(command, COMMANDS[command], [str(file), *words[len(names):]] if names else words)[0]

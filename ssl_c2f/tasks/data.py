@@ -1,0 +1,118 @@
+"""`ssl_c2f data manifest|check|stats|build|shard`: look at recordings before training on them, list them, pack them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ssl_c2f.core.options import Options, UserError
+from ssl_c2f.core.progress import Count, table
+from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries
+from ssl_c2f.data import public
+from ssl_c2f.data.corpus import BadFiles, Corpus
+from ssl_c2f.data.dataset import DataOptions, open_manifest
+from ssl_c2f.data.decode import AudioError, read_audio
+from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
+from ssl_c2f.data.shards import write_shards
+
+
+class DataCommandOptions(Options):
+    """Options of the data commands."""
+
+    data: DataOptions = DataOptions()
+    audio: AudioOptions = AudioOptions()
+    compression: Compression = "frame_shift"
+    time_factors: tuple[int, ...] = (1, 2, 4)
+
+
+def manifest(options: DataCommandOptions, out: Path) -> None:
+    """Write the list of recordings, with what their headers say, so that later runs need not read those."""
+    found = open_manifest(options.data)
+    write_manifest(found, out)
+    _say(found)
+    print(out)
+
+
+def build_public(options: DataCommandOptions, name: str, out: Path | None, download: bool) -> None:
+    """Write the manifest of a public set into its folder, or to `out`."""
+    if not options.data.root:
+        raise UserError(f"data build {name}: give data.root=FOLDER, where the set is")
+    root = Path(options.data.root)
+    if download and name != "speech_commands":
+        raise UserError(f"data build {name} --download: only speech_commands can be fetched by itself; get {name} "
+                        f"from {public.SETS[name].source if name in public.SETS else 'its site'}")
+    if download:
+        public.download_speech_commands(root)
+    with Count("reading recordings") as count:
+        found, missing = public.build(name, root, progress=count.update)
+    out = out or root / "manifest.csv"
+    write_manifest(found, out)
+    _say(found)
+    print(f"{missing} listed recordings are not there" if missing else "no listed recording is missing")
+    print(f"{out}\nuse it: data.manifest={out}" + ("" if out.parent == root else f" data.root={root}"))
+
+
+def shard(options: DataCommandOptions, out: Path, gigabytes: float) -> None:
+    """Pack the recordings into few large files."""
+    found = open_manifest(options.data)
+    with Count("packing") as count:
+        packed = write_shards(found, out, gigabytes, count.update)
+    _say(packed)
+    for path, reason in found.bad:
+        print(f"left out {path}: {reason}")
+    print(f"{len({clip.shard for clip in packed.clips})} shards in {out}\nuse them: data.manifest={out}/manifest.jsonl")
+
+
+def check(options: DataCommandOptions) -> int:
+    """Decode every recording whole and name the bad ones; the exit status is 1 if there are any."""
+    found = open_manifest(options.data)
+
+    def problem(clip: Clip) -> tuple[str, str] | None:
+        try:
+            read_audio(clip.place(found.root), clip.sample_rate)  # nothing to resample
+        except AudioError as error:
+            return clip.path, error.reason
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Count("decoding") as count:
+        bad = list(found.bad)
+        for done, wrong in enumerate(pool.map(problem, found.clips), 1):
+            bad += [wrong] if wrong else []
+            count.update(done, len(found.clips))
+    for path, reason in bad:
+        print(f"{path}: {reason}")
+    print(f"{len(found.clips) + len(found.bad) - len(bad)} good, {len(bad)} bad")
+    return int(bool(bad))
+
+
+def stats(options: DataCommandOptions) -> None:
+    """Durations, rates, labels and folds; mean and deviation of the log-mel values at each time factor."""
+    found = open_manifest(options.data)
+    _say(found)
+    if found.classes:
+        counts = Counter(label for clip in found.clips for label in clip.labels)
+        table("labels", ("label", "clips"), counts.most_common())
+    everything = list(range(len(found.clips)))
+    corpus = Corpus(found, everything, [], options.data, 0, BadFiles(None, options.data.max_bad_files))
+    factors = [(factor, None) for factor in options.time_factors]
+    rows = []
+    for geometry in make_geometries(options.audio, options.compression, (options.audio.num_mels, 1), factors):
+        measured = corpus.statistics(geometry)
+        corpus.forget()
+        hop = f"{geometry.hop_ms * geometry.pool:g} ms"
+        rows.append((geometry.time_factor, hop, f"{measured.mean:.4f}", f"{measured.std:.4f}"))
+    table(f"log-mel values ({options.compression})", ("C", "hop", "mean", "deviation"), rows)
+
+
+def _say(found: Manifest) -> None:
+    seconds = sorted(clip.num_samples / clip.sample_rate for clip in found.clips)
+    rates = Counter(clip.sample_rate for clip in found.clips)
+    folds = sorted({clip.fold for clip in found.clips if clip.fold is not None})
+    print(
+        f"{len(found.clips)} recordings, {sum(seconds) / 3600:.2f} h in all, {seconds[0]:.2f} to {seconds[-1]:.2f} s, "
+        f"median {seconds[len(seconds) // 2]:.2f} s; "
+        f"{', '.join(f'{n} at {rate} Hz' for rate, n in rates.most_common())}; "
+        f"{len(found.classes)} labels; folds {folds or 'none'}; {len(found.bad)} unreadable"
+    )

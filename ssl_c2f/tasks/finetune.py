@@ -1,0 +1,150 @@
+"""Fine-tuning: a head on a pretrained encoder, trained and scored fold by fold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ssl_c2f.core import distributed
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.signals import Stop
+from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.dataset import split
+from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.tasks.evaluate import print_scores, write_scores
+from ssl_c2f.tasks.inference import run_of
+from ssl_c2f.train import engine, metrics, publish
+from ssl_c2f.train.recipe import RunOptions
+from ssl_c2f.train.validate import at_full_resolution, clip_scores
+from ssl_c2f.train.weights import Weights, Which, load_weights
+
+
+class FinetuneOptions(RunOptions):
+    """`ssl_c2f finetune`. Audio, model and compression are the checkpoint's unless they are given."""
+
+    run_dir: str | None = Field(None, description="by default RUN/finetune/NAME")
+    name: str = Field("default", pattern=r"^[A-Za-z0-9_.-]+$")
+    folds: Literal["auto"] | tuple[int, ...] = Field("auto", description="folds to hold out in turn; auto: all")
+    weights: Which = Field("auto", description="auto: the moving average where there is one")
+    statistics: Literal["checkpoint", "measure"] = Field("checkpoint", description="whose mean and deviation")
+    from_scratch: bool = Field(False, description="the same network with random weights: what pretraining is worth")
+    objective: SupervisedOptions = SupervisedOptions()  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _one_split(self) -> FinetuneOptions:
+        if self.data.val_folds:
+            raise ValueError("data.val_folds: fine-tuning holds out each fold in turn; choose them with folds=[1,2]")
+        return self
+
+
+def checkpoint_defaults(weights: Weights) -> Mapping[str, Any]:
+    """What a fine-tuning run takes over from its checkpoint."""
+    return {key: weights.options[key] for key in ("audio", "model", "compression")}
+
+
+def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, report: bool = True) -> Path:
+    """Fine-tune on every fold that is not done yet, score the held-out clips, and return the folder with scores.json.
+
+    Without `report` it only trains: for jobs that share the folder, each with a fold of its own.
+
+    Raises:
+        UserError: the encoder does not fit the checkpoint, a fold does not exist, a clip has no label.
+    """
+    weights, stop = load_weights(ckpt, options.weights), stop or Stop()
+    for line in weights.notes:
+        print(line)
+    factor = weights.factor
+    if options.statistics == "measure":
+        weights = replace(weights, statistics={})
+    folder = Path(options.run_dir) if options.run_dir else run_of(weights) / "finetune" / options.name
+    check_origin(folder, weights.origin)
+    everything = Corpus.open(
+        options.data, options.seed, folder, main=distributed.init(options.train.device).is_main
+    )
+    scored: dict[int | None, tuple[Tensor, Tensor]] = {}
+    for fold in _folds(options, everything):
+        path = folder if fold is None else folder / f"fold-{fold}"
+        data = options.data.model_copy(update={"val_folds": () if fold is None else (fold,)})
+        part = options.model_copy(update={"data": data})
+        training, held_out = split(everything.manifest, data)
+        corpus = replace(
+            everything, training=training, held_out=held_out, folder=path, given=dict(weights.statistics),
+            factor=factor, _statistics={},
+        )
+        initial = None if options.from_scratch else weights
+        group = publish.group_of(weights.origin)
+        engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune", group=group)
+        if held_out and report:
+            scored[fold] = _score(part, path, corpus)
+    if report and not scored:
+        print("no score: no recording was held out (they have no folds); data.val_fraction=0.2 holds a share out")
+    if scored:
+        _report(folder, everything, scored, weights, options)
+    return folder
+
+
+def check_origin(folder: Path, origin: str) -> None:
+    """Refuse to add folds to a fine-tuning that began with other weights: their scores would be told as one.
+
+    Raises:
+        UserError: naming both.
+    """
+    for file in sorted(folder.glob("**/phases/0-*/transfer.json")):
+        before = json.loads(file.read_text())["from"]
+        if _within_run(before) != _within_run(origin):
+            raise UserError(
+                f"{folder} was fine-tuned from {before}, and this is {origin}: choose another name=, or delete it"
+            )
+
+
+def _within_run(origin: str) -> str:
+    """Where a checkpoint is in its run, which may have been moved since."""
+    _, phases, place = origin.rpartition("/phases/")
+    return place if phases else Path(origin).name
+
+
+def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:
+    """The folds to hold out in turn; [None] where the recordings have none."""
+    there = sorted({clip.fold for clip in corpus.manifest.clips if clip.fold is not None})
+    if options.folds == "auto":
+        return [*there] if len(there) > 1 else [None]
+    if missing := set(options.folds) - set(there):
+        raise UserError(f"folds: no clip of {corpus.manifest.root} is in fold {min(missing)}; there are {there}")
+    return [*options.folds]
+
+
+def _score(options: FinetuneOptions, path: Path, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """(n, C) scores of the fold's held-out clips, and (n,) which clips they are."""
+    device = distributed.init(options.train.device).device
+    tuned = load_weights(path, options.weights)
+    model = at_full_resolution(options, tuned.state, tuned.geometry, corpus.num_classes, device)
+    return clip_scores(
+        model, corpus, options.fine_geometry, corpus.held_out, device, options.evaluation.batch_size
+    )
+
+
+def _report(
+    folder: Path, corpus: Corpus, scored: Mapping[int | None, tuple[Tensor, Tensor]], weights: Weights,
+    options: FinetuneOptions,
+) -> None:
+    """Scores over all held-out clips together and per fold: printed, and in scores.json and predictions.csv."""
+    if not distributed.init(options.train.device).is_main:
+        return
+    source = corpus.source(options.fine_geometry)
+    by_fold = {fold: metrics.score(scores, source.labels(clips)) for fold, (scores, clips) in scored.items()}
+    scores, clips = (torch.cat(parts) for parts in zip(*scored.values(), strict=True))
+    extra = {
+        "checkpoint": weights.origin, "from_scratch": options.from_scratch,
+        "folds": {str(fold): values for fold, values in by_fold.items() if fold is not None},
+    }
+    paths = [corpus.manifest.clips[i].path for i in clips.tolist()]
+    result = write_scores(folder, paths, scores, source.labels(clips), corpus.manifest.classes, extra)
+    print_scores(result)
+    publish.show_scores(weights.origin, folder, "finetune", result, options.tracking)

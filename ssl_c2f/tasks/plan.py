@@ -1,0 +1,112 @@
+"""`ssl_c2f plan`: what a run will cost, before it runs; with --measure also seconds and memory on this machine."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ssl_c2f.core import distributed
+from ssl_c2f.core.progress import table
+from ssl_c2f.core.run_folder import RunFolder
+from ssl_c2f.core.signals import Stop
+from ssl_c2f.curriculum.phases import Phase, Place
+from ssl_c2f.data.corpus import BadFiles, Corpus
+from ssl_c2f.data.dataset import open_manifest, split
+from ssl_c2f.data.front_end import FrontEnd, Statistics
+from ssl_c2f.data.manifest import Manifest
+from ssl_c2f.data.sampler import micro_batches
+from ssl_c2f.train.engine import noise, train_step
+from ssl_c2f.train.recipe import RunOptions, make_plan, plan_rows
+from ssl_c2f.train.state import Run, build, prepare
+
+ASSUMED_CLIPS = 10_000
+_ROUNDS = 3
+
+
+def print_plan(options: RunOptions, *, clips: int | None = None, measure: bool = False) -> None:
+    """Print the plan of a run over its recordings, or over `clips` clips where there are none to count.
+
+    Raises:
+        UserError: there is no audio where the options say.
+    """
+    num_classes = 10
+    if options.data.root or options.data.manifest:
+        manifest = open_manifest(options.data)
+        clips, num_classes = len(split(manifest, options.data)[0]), len(manifest.classes)
+    elif clips is None:
+        clips = ASSUMED_CLIPS
+        print(f"no data.root: an epoch of {clips:,} clips is assumed (--clips N)")
+    plan = make_plan(options, clips, num_classes)
+    print(f"{plan.parameters / 1e6:.2f} M parameters; {plan.state_mb:.0f} MB of weights, gradients and optimiser state")
+    table(f"plan over {clips:,} clips of {options.audio.clip_seconds:g} s", *plan_rows(plan))
+    print(f"rehearsal: {plan.rehearsal_pflops:.3g} PFLOPs, not in the total")
+    for phase in plan.phases:
+        parts = ", ".join(f"{name} {flops:.3g}" for name, flops in phase.parts.items())
+        memory = f"about {phase.activation_mb_per_clip:.1f} MB of activations"
+        print(f"{phase.name}, per clip: GFLOPs of a step: {parts}; {memory}")
+    if measure:
+        _measure(options, clips, num_classes)
+
+
+def _measure(options: RunOptions, clips: int, num_classes: int) -> None:
+    """Time one micro-batch of noise in every phase: front end, forward, backward and optimiser step."""
+    nothing = Path()
+    manifest = Manifest(nothing, (), tuple(f"class {i}" for i in range(num_classes)))
+    corpus = Corpus(manifest, [], [], options.data, options.seed, BadFiles(None, 0))
+    dist = distributed.init(options.train.device)
+    run = Run(options, RunFolder(nothing), corpus, options.curriculum(clips, num_classes), dist, None, Stop(), "plan")
+    rows = [_measured(run, phase) for phase in run.curriculum.phases]
+    hours = sum(float(row[-1]) for row in rows)
+    memory = "peak memory" if dist.device.type == "cuda" else "peak memory of the process"
+    columns = ("phase", "clips at a time", "ms per clip", "GFLOP/s", memory, "hours")
+    rows.append(("total", *[""] * 4, f"{hours:.2f}"))
+    table(f"measured on one {dist.device.type}, median of {_ROUNDS} steps", columns, rows)
+
+
+def _measured(run: Run, phase: Phase) -> Sequence[str]:
+    o, device = run.options, run.dist.device
+    own_peak = _forget_peak(device)
+    size = micro_batches(phase.batch_size, o.train.max_batch_per_device)[-1]
+    t = prepare(run, build(run, phase), 0)
+    front_end = FrontEnd(o.geometries[phase.index], Statistics(0.0, 1.0)).to(device)
+    place = Place(phase.index, replace(phase, batch_size=size), 0.0, 0.0)
+    items = noise(run, phase, size)
+    times = []
+    for _ in range(_ROUNDS + 1):  # the first one warms up
+        began = time.perf_counter()
+        train_step(run, t, place, iter([items]), front_end)  # reads the gradient's norm, so it waits for the device
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[1:]) / size
+    flops = run.costs(phase.index)[1]
+    peak = f"{_peak(device) / 2**30:.2f} GiB" if own_peak else "-"
+    hours = seconds * phase.steps * phase.batch_size / 3600
+    speed = f"{1e3 * seconds:.3g}", f"{flops / seconds / 1e9:.3g}"
+    return phase.name, str(size), *speed, peak, f"{hours:.2f}"
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Begin a new peak of memory, since the system's is that of all phases so far. Whether that can be had here: on a
+    CPU, Linux alone lets a process do so."""
+    gc.collect()  # what is left of the phase before is not this one's
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes since `_forget_peak`: of tensors on a GPU; of the whole process, libraries included, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])

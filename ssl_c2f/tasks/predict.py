@@ -1,0 +1,151 @@
+"""Labels of recordings that are named on the command line, and how they change over time.
+
+Legend: C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.progress import table
+from ssl_c2f.core.run_folder import write_csv, write_text
+from ssl_c2f.data.dataset import DataOptions
+from ssl_c2f.data.decode import AudioError, read_header
+from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest
+from ssl_c2f.tasks.evaluate import predicted, require_classifier
+from ssl_c2f.tasks.inference import InferenceOptions, Model, open_corpus, open_model, run_windows, tell_bad
+
+
+class PredictOptions(InferenceOptions):
+    """`ssl_c2f predict`."""
+
+    top: int = Field(3, ge=1, description="labels that are shown for each row")
+    timeline: bool = Field(False, description="a row for each window of a recording instead of one for all of it")
+    out: str | None = Field(None, description="write all scores to this .csv or .json file instead of showing the best")
+    workers: int = Field(0, ge=0, description="loader processes")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores of a recording, or of a window of it."""
+
+    path: str
+    start_seconds: float
+    end_seconds: float
+    predicted: list[str]
+    scores: dict[str, float]
+
+
+def predict(ckpt: Path, files: Sequence[Path], options: PredictOptions) -> list[Prediction]:
+    """Label files, and all audio in folders. What cannot be read is named, counted and skipped.
+
+    Raises:
+        UserError: no classifier in the checkpoint, nothing to label, or none of it can be read.
+    """
+    if options.out and Path(options.out).suffix not in (".csv", ".json"):
+        raise UserError(f"out: {options.out} should end in .csv or .json")
+    manifest = listed(files)
+    model = open_model(ckpt, options)
+    # Every recording is read once, so there is nothing to cache; what is skipped is never too much.
+    data = DataOptions(cache_gb=0.0, workers=options.workers, max_bad_files=len(manifest.clips) + len(manifest.bad))
+    if not manifest.clips:
+        path, reason = next(iter(tell_bad(dict(manifest.bad)).items()))
+        raise UserError(f"none of {len(manifest.bad)} recordings can be read; {path}: {reason}")
+    predictions = _predictions(model, manifest, data, options.timeline)
+    if options.out:
+        write_predictions(Path(options.out), predictions)
+        print(f"{len(predictions)} rows: {options.out}")
+    else:
+        _show(predictions, options)
+    return predictions
+
+
+def listed(files: Sequence[Path]) -> Manifest:
+    """The files, and the audio in the folders, each once. Raises UserError: a folder without audio, or nothing."""
+    found: dict[str, None] = {}
+    for file in files:
+        if not file.is_dir():
+            found[file.as_posix()] = None
+            continue
+        inside = [
+            path for path in sorted(file.rglob("*"))
+            if path.suffix.lower() in ENDINGS and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(file).parts)
+        ]
+        if not inside:
+            raise UserError(f"{file}: no audio found (looked for {', '.join(ENDINGS)})")
+        found |= {path.as_posix(): None for path in inside}
+    if not found:
+        raise UserError("nothing to predict: name recordings or folders")
+
+    def check(path: str) -> Clip | AudioError:
+        try:
+            return Clip(path, **read_header(path)._asdict())
+        except AudioError as error:
+            return error
+
+    with ThreadPoolExecutor(16) as pool:
+        checked = dict(zip(found, pool.map(check, found), strict=True))
+    return Manifest(
+        Path(), tuple(clip for clip in checked.values() if isinstance(clip, Clip)), (),
+        tuple((path, error.reason) for path, error in checked.items() if isinstance(error, AudioError)),
+    )
+
+
+def _predictions(model: Model, manifest: Manifest, data: DataOptions, timeline: bool) -> list[Prediction]:
+    classifier = require_classifier(model)
+    several = classifier.options.labels == "multi"
+    corpus = open_corpus(manifest, range(len(manifest.clips)), data, model)
+    try:
+        rows = run_windows(model, corpus, classifier.scores, "labelling windows")
+    finally:
+        tell_bad(corpus.bad.seen)
+    window = model.geometry.clip_samples / model.geometry.sample_rate
+    if timeline:
+        values, index, starts = rows.values, rows.clip, rows.start.tolist()
+    else:
+        values, index = rows.by_clip()
+        starts = [0.0] * len(index)
+    predictions = []
+    for scores, i, start in zip(values.tolist(), index.tolist(), starts, strict=True):
+        clip = corpus.manifest.clips[i]
+        length = clip.num_samples / clip.sample_rate
+        end = min(start + window, length) if timeline else length
+        best = predicted(scores, model.classes, several)
+        predictions.append(
+            Prediction(clip.path, start, end, best, dict(zip(model.classes, scores, strict=True)))
+        )
+    return predictions
+
+
+def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
+    """All scores as .csv (path, start_seconds, end_seconds, predicted, score_CLASS ...) or .json (objects)."""
+    if file.suffix == ".json":
+        write_text(file, json.dumps([asdict(row) for row in predictions], indent=1) + "\n")
+        return
+    scores = [f"score_{name}" for name in predictions[0].scores]
+    write_csv(file, ["path", "start_seconds", "end_seconds", "predicted", *scores], (
+        (p.path, f"{p.start_seconds:.3f}", f"{p.end_seconds:.3f}", ";".join(p.predicted),
+         *(f"{score:.6f}" for score in p.scores.values()))
+        for p in predictions
+    ))
+
+
+def _show(predictions: Sequence[Prediction], options: PredictOptions) -> None:
+    def best(row: Prediction) -> str:
+        ranked = sorted(row.scores.items(), key=lambda item: -item[1])[: options.top]
+        return ", ".join(f"{name} {score:.3f}" for name, score in ranked)
+
+    if options.timeline:
+        rows = [(p.path, f"{p.start_seconds:.2f}", f"{p.end_seconds:.2f}", best(p)) for p in predictions]
+        table(f"{len(rows)} windows", ("recording", "from", "to", "labels (score)"), rows)
+    else:
+        short = [(p.path, best(p)) for p in predictions]
+        table(f"{len(short)} recordings", ("recording", "labels (score)"), short)

@@ -1,0 +1,259 @@
+"""Probes: what a linear classifier and nearest neighbours make of frozen features, fold by fold, beside yardsticks.
+
+Legend: B batch, T frames, F mel bins, n clips, m queries, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from ssl_c2f.core import draws
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.progress import Count, table
+from ssl_c2f.core.run_folder import write_text
+from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.dataset import open_manifest
+from ssl_c2f.data.front_end import Batch
+from ssl_c2f.tasks.evaluate import data_name, finite, shown
+from ssl_c2f.tasks.inference import (
+    Model,
+    RecordingOptions,
+    in_folds,
+    open_corpus,
+    open_model,
+    run_of,
+    run_windows,
+    tell_bad,
+)
+from ssl_c2f.train import metrics, publish
+
+Reader = Callable[[Batch], Tensor]
+_INNER = 3  # parts of the training folds in which the regularisation is chosen
+
+
+class ProbeOptions(RecordingOptions):
+    """`ssl_c2f probe`."""
+
+    out: str | None = Field(None, description="folder of probe.json; by default RUN/probe/NAME-OF-THE-DATA")
+    baseline: bool = Field(True, description="also probe the mean and deviation of the log-mel values of each mel bin")
+    random: bool = Field(True, description="also probe an encoder of the same shape with random weights")
+    strengths: tuple[float, ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="C of the regression; chosen on training folds"
+    )
+    knn: int = Field(10, ge=1, description="neighbours")
+    splits: int = Field(5, ge=2, description="folds that are made where the recordings have none")
+    seed: int = Field(0, ge=0, description="of those folds and of the random encoder")
+
+
+def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
+    """Probe a checkpoint's frozen features on labelled recordings: prints, writes and returns the scores.
+
+    Features are averages over the windows of a recording, standardised with the training folds' mean and deviation.
+
+    Raises:
+        UserError: fewer than two classes or folds, or nothing that can be read.
+    """
+    model = open_model(ckpt, options)
+    manifest = open_manifest(options.data)
+    corpus = open_corpus(
+        manifest, [i for i in in_folds(manifest, options.folds) if manifest.clips[i].labels], options.data, model
+    )
+    if corpus.num_classes < 2:
+        raise UserError(f"{manifest.root}: a probe needs recordings of at least two classes")
+    features, found = _features(model, corpus, _readers(model, options))
+    bad = tell_bad(corpus.bad.seen)
+    labels = corpus.source(model.geometry).labels(found)
+    folds, split = choose_folds([corpus.manifest.clips[i].fold for i in found.tolist()], labels, options)
+    rows = _probe_all(features, labels, folds, options)
+    result: dict[str, Any] = finite({
+        "checkpoint": model.weights.origin, "resolution": options.resolution, "clips": len(found),
+        "classes": list(corpus.manifest.classes), "split": split, "rows": rows, "bad_files": bad,
+    })
+    folder = Path(options.out) if options.out else run_of(model.weights) / "probe" / data_name(options.data)
+    write_text(folder / "probe.json", json.dumps(result, indent=1) + "\n")
+    print_probe(result)
+    publish.show_scores(model.weights.origin, folder, "probe", result)
+    print(folder)
+    return result
+
+
+def _readers(model: Model, options: ProbeOptions) -> dict[str, Reader]:
+    """What is probed: name -> (B, 2 D) means and deviations of a batch of windows."""
+    readers: dict[str, Reader] = {"checkpoint": lambda batch: model.objective.embed(batch, "mean_std")}
+    if options.random:
+        with torch.random.fork_rng():
+            torch.manual_seed(draws.seed(options.seed, "random encoder"))
+            untrained = model.options.build(model.geometry, len(model.weights.classes)).to(model.device).eval()
+        readers["random encoder"] = lambda batch: untrained.embed(batch, "mean_std")
+    if options.baseline:
+        readers["log-mel"] = log_mel_statistics
+    return readers
+
+
+def log_mel_statistics(batch: Batch) -> Tensor:
+    """(B, 2 F): mean and deviation of each mel bin over the real frames."""
+    real = (torch.arange(batch.spec.shape[1], device=batch.spec.device) < batch.num_frames[:, None])[..., None]
+    count = real.sum(1)
+    mean = (batch.spec * real).sum(1) / count
+    variance = ((batch.spec - mean[:, None]).square() * real).sum(1) / count
+    return torch.cat([mean, variance.sqrt()], dim=1)
+
+
+def _features(model: Model, corpus: Corpus, readers: Mapping[str, Reader]) -> tuple[dict[str, Tensor], Tensor]:
+    """(n, 2 D) of each reader, all from one pass over the recordings, and (n,) which clips."""
+    widths: dict[str, int] = {}
+
+    def read(batch: Batch) -> Tensor:
+        parts = {name: reader(batch).float() for name, reader in readers.items()}
+        widths.update({name: part.shape[1] for name, part in parts.items()})
+        return torch.cat(list(parts.values()), dim=1)
+
+    rows, found = run_windows(model, corpus, read, "reading features").by_clip()
+    return dict(zip(readers, torch.split(rows, list(widths.values()), dim=1), strict=True)), found
+
+
+def choose_folds(given: Sequence[int | None], labels: Tensor, options: ProbeOptions) -> tuple[Tensor, str]:
+    """(n,) the fold of each clip, and in words where it is from.
+
+    Raises:
+        UserError: too few clips to split.
+    """
+    numbers = [fold for fold in given if fold is not None]
+    if len(numbers) == len(given) and len(set(numbers)) > 1:
+        return torch.tensor(numbers), f"the recordings' own {len(set(numbers))} folds"
+    if len(given) < options.splits:
+        raise UserError(f"{len(given)} labelled recordings are too few for {options.splits} folds: set splits")
+    return deal(labels, options.splits, options.seed), f"{options.splits} stratified folds, seed {options.seed}"
+
+
+def deal(labels: Tensor, k: int, seed: int) -> Tensor:
+    """(n, C) labels -> (n,) a fold from 1 to k for each clip: shuffled, then dealt out class by class.
+
+    A clip with several labels counts as of its rarest one.
+    """
+    rarity = labels.sum(0).expand_as(labels).masked_fill(labels == 0, float("inf"))
+    shuffled = draws.uniform(draws.key(seed, torch.arange(len(labels)), "fold"), 1)[:, 0].argsort()
+    order = shuffled[rarity.argmin(1)[shuffled].argsort(stable=True)]
+    folds = torch.empty(len(labels), dtype=torch.int64)
+    folds[order] = torch.arange(len(labels)) % k + 1
+    return folds
+
+
+def _probe_all(
+    features: Mapping[str, Tensor], labels: Tensor, folds: Tensor, options: ProbeOptions
+) -> list[dict[str, Any]]:
+    rows = []
+    with Count("fitting probes") as count:
+        for name, both in features.items():
+            for readout, x in (("mean", both[:, : both.shape[1] // 2]), ("mean+std", both)):
+                by_fold = {fold: probe_fold(x, labels, folds, fold, options) for fold in sorted(set(folds.tolist()))}
+                rows.append({"features": name, "readout": readout, **_spread(by_fold)})
+                count.update(len(rows), 2 * len(features))
+    return rows
+
+
+def probe_fold(x: Tensor, labels: Tensor, folds: Tensor, fold: int, options: ProbeOptions) -> dict[str, Any]:
+    """Scores on one fold of probes that were fitted, standardised and regularised on the other folds alone."""
+    train, test = folds != fold, folds == fold
+    single = bool((labels.sum(1) == 1).all())
+    strength = choose_strength(x[train], labels[train], folds[train], options, single)
+    a, b = standardise(x[train], x[test])
+    linear = linear_scores(a, labels[train], b, [strength], single)[0]
+    nearest = metrics.knn_scores(b, a, labels[train], options.knn)
+    return {
+        "linear": _score(linear, labels[test], single), "knn": _score(nearest, labels[test], single), "C": strength,
+        "clips": int(test.sum()), "metric": "accuracy" if single else "map",
+    }
+
+
+def choose_strength(x: Tensor, labels: Tensor, folds: Tensor, options: ProbeOptions, single: bool) -> float:
+    """The C that is best in cross-validation; whole folds are held out, so what belongs together stays so."""
+    if len(options.strengths) == 1:
+        return options.strengths[0]
+    strengths = sorted(options.strengths)
+    whole = sorted(set(folds.tolist()))
+    groups = torch.tensor([whole.index(fold) % _INNER for fold in folds.tolist()])
+    if len(whole) == 1:
+        groups = deal(labels, _INNER, options.seed)
+    scores = torch.zeros(len(strengths), *labels.shape)
+    for group in sorted(set(groups.tolist())):
+        held_out = groups == group
+        a, b = standardise(x[~held_out], x[held_out])
+        scores[:, held_out] = torch.stack(linear_scores(a, labels[~held_out], b, strengths, single))
+    values = torch.tensor([_score(each, labels, single) for each in scores]).nan_to_num(0.0)
+    return strengths[int(values.argmax())]  # of equals the strongest regularisation
+
+
+def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
+    """All of them with the mean and deviation of `train`; what is constant there is only centred."""
+    mean, std = train.mean(0), train.std(0, correction=0)
+    scale = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
+    return [(x - mean) / scale for x in (train, *others)]
+
+
+def linear_scores(
+    x: Tensor, labels: Tensor, queries: Tensor, strengths: Sequence[float], single: bool
+) -> list[Tensor]:
+    """Logistic regression on (n, D) and (n, C) -> for each of its C, ascending, (m, C) probabilities of (m, D) queries.
+
+    One regression for all classes if every clip has a `single` label, else one for each class.
+    """
+    if single:
+        return _regression(x, labels.argmax(1), queries, strengths, labels.shape[1])
+    columns = [_regression(x, column.long(), queries, strengths, 2) for column in labels.T]
+    return [torch.stack([path[i][:, 1] for path in columns], dim=1) for i in range(len(strengths))]
+
+
+def _regression(
+    x: Tensor, target: Tensor, queries: Tensor, strengths: Sequence[float], num_classes: int
+) -> list[Tensor]:
+    """(n, D), (n,) class numbers -> for each C, (m, num_classes) probabilities; 0 of a class without examples."""
+    results = [torch.zeros(len(queries), num_classes) for _ in strengths]
+    there = sorted(set(target.tolist()))
+    if len(there) == 1:
+        for result in results:
+            result[:, there] = 1.0
+        return results
+    model = LogisticRegression(max_iter=2000, tol=1e-3, warm_start=True)
+    for strength, result in zip(strengths, results, strict=True):
+        model.set_params(C=strength).fit(x.numpy(), target.numpy())
+        result[:, there] = torch.from_numpy(np.asarray(model.predict_proba(queries.numpy()))).float()
+    return results
+
+
+def _score(scores: Tensor, labels: Tensor, single: bool) -> float:
+    return metrics.accuracy(scores, labels) if single else metrics.multi_label(scores, labels)["map"]
+
+
+def _spread(by_fold: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean over the folds, deviation between them, and each of them."""
+    summary: dict[str, Any] = {"metric": next(iter(by_fold.values()))["metric"]}
+    for kind in ("linear", "knn"):
+        values = [fold[kind] for fold in by_fold.values() if fold[kind] == fold[kind]]
+        summary[kind] = {
+            "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return summary | {"folds": {str(fold): dict(values) for fold, values in by_fold.items()}}
+
+
+def print_probe(result: Mapping[str, Any]) -> None:
+    """Print what `probe` returned."""
+    metric = {"accuracy": "accuracy", "map": "mAP"}[result["rows"][0]["metric"]]
+    rows = [
+        (row["features"], row["readout"],
+         *(f"{shown(row[kind]['mean'])} ± {shown(row[kind]['std'])}" for kind in ("linear", "knn")))
+        for row in result["rows"]
+    ]
+    table(f"{metric} of frozen features, mean ± deviation over {result['split']} ({result['clips']} recordings)",
+          ("features", "readout", "linear", "kNN"), rows)

@@ -1,0 +1,1 @@
+"""Training: the options of a run, the loop, the training state, validation, weights in and out."""

@@ -1,0 +1,227 @@
+"""What W&B gets of a run besides its records: plan, transfer report, pictures, checkpoints with their lineage, scores.
+
+An artifact `model-ID` is the last checkpoint of the phase whose W&B run has that ID. The run of the next phase, and of
+every fine-tuning, uses it; offline, where W&B cannot say so, its config names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ssl_c2f.core import checkpoint
+from ssl_c2f.core.run_folder import RunFolder
+from ssl_c2f.curriculum.phases import Phase
+from ssl_c2f.track.tracker import Tracker
+from ssl_c2f.track.wandb_run import Identity, TrackingOptions, WandbRun, read_facts
+from ssl_c2f.train.state import Run
+
+if TYPE_CHECKING:
+    from wandb import Run as LiveRun
+
+Json = Mapping[str, Any]
+_MOST_ROWS = 1000  # of a table
+_SLOWEST = 2e6  # bytes a second at which an upload that was asked for is still waited for
+_UPLOADED = ("model.safetensors", "ema.safetensors", "state.json")  # the optimiser's moments are of use here only
+
+
+def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object]) -> Tracker | None:
+    """The main process's tracker of one phase; metrics.jsonl is cut back to `step`."""
+    if not run.dist.is_main:
+        return None
+    folder, options = run.phase_folder(phase), run.options.tracking
+    config = run.options.model_dump(mode="json") | {
+        "phase": phase.name, "geometry": run.options.geometries[phase.index].to_dict(),
+        "plan": _read(run.folder.plan), "source": source_of(run, phase),
+    }
+    parts = run.folder.path.parts
+    label = "/".join(parts[parts.index("finetune") + 1 :] if "finetune" in parts else parts[-1:])
+    identity = Identity(
+        run.folder.path, folder.wandb_id, options.name or run.group, f"{run.kind}/{phase.name}",
+        label if run.kind == "finetune" else "", config,
+    )
+    return Tracker(options, identity, phase=phase.name, resume_step=step, note=note)
+
+
+def source_of(run: Run, phase: Phase) -> dict[str, Any]:
+    """What the phase starts from: the checkpoint's folder, and the artifact that holds it; {} if from scratch."""
+    if phase.index > 0:
+        newest = checkpoint.newest(run.phase_folder(run.curriculum.phases[phase.index - 1]).checkpoints)
+        return source(newest) if newest else {}
+    return source(Path(run.initial.origin)) if run.initial else {}
+
+
+def source(folder: Path) -> dict[str, Any]:
+    """A checkpoint's folder, and the artifact that holds it where it was tracked."""
+    facts = read_facts(folder.parent.parent)
+    return {"checkpoint": str(folder)} | ({"artifact": artifact_name(facts["id"]), **facts} if facts else {})
+
+
+def artifact_name(run_id: str) -> str:
+    return f"model-{run_id}"
+
+
+def group_of(ckpt: str) -> str:
+    """The W&B group that what is done with a checkpoint belongs to: its run's."""
+    folder = Path(ckpt).resolve().parents
+    return str(read_facts(folder[1]).get("group") or (folder[3].name if len(folder) > 3 else folder[0].name))
+
+
+def show_phase(tracker: Tracker, run: Run, phase: Phase) -> None:
+    """Give W&B what a phase has to show at its end."""
+    folder, kind = run.phase_folder(phase), run.options.tracking.artifacts
+    if pictures := _read(folder.pictures / "pictures.json"):  # they join the row of the last record
+        tracker.publish(lambda live: live.log(_pictures(folder.pictures, pictures), commit=False))
+    plan, transfer, axes = _read(run.folder.plan), _read(folder.transfer), run.counters(phase.last_step)
+    tracker.publish(lambda live: live.log(_tables(plan, transfer) | axes))
+    newest = checkpoint.newest(folder.checkpoints)
+    if newest and kind != "none":
+        facts: dict[str, Any] = {
+            "phase": phase.name, "step": run.curriculum.phases[phase.index].last_step,
+            "geometry": run.options.geometries[phase.index].to_dict(), "source": source_of(run, phase),
+        }
+        size = sum(file.stat().st_size for file in _files(newest)) if kind == "upload" else 0
+        tracker.publish(lambda live: _use(live, facts["source"]))
+        tracker.publish(lambda live: _show_checkpoint(live, newest, facts, kind, size / _SLOWEST), size / _SLOWEST)
+
+
+def _pictures(folder: Path, facts: Json) -> dict[str, Any]:
+    """View -> its images, one for each clip."""
+    import wandb
+
+    views = dict.fromkeys(view for clip in facts["clips"] for view in clip["pictures"])
+    hidden = f", {facts['mask_ratio']:.0%} hidden" if facts.get("mask_ratio") else ""
+    place = f"{facts['frame_ms']:g} ms frames, {' x '.join(map(str, facts['grid']))} tokens{hidden}"
+    return {
+        f"pictures/{view}": [
+            wandb.Image(str(folder / clip["pictures"][view]), caption=f"{clip['clip']}: {place}")
+            for clip in facts["clips"] if view in clip["pictures"]
+        ]
+        for view in views
+    }
+
+
+def _tables(plan: Json, transfer: Json) -> dict[str, Any]:
+    """The cost plan, and what became of the weights that the phase was given."""
+    found: dict[str, Any] = {}
+    if phases := plan.get("phases"):
+        columns = [name for name, value in phases[0].items() if not isinstance(value, dict)]
+        found["plan"] = _table(columns, ([_cell(p[name]) for name in columns] for p in phases))
+    if tensors := transfer.get("tensors"):
+        found["transfer"] = _table(list(tensors[0]), (map(_cell, t.values()) for t in tensors))
+        found |= {f"transfer/{action}": count for action, count in transfer["count"].items()}
+    return found
+
+
+def _show_checkpoint(live: LiveRun, folder: Path, facts: Json, kind: str, seconds: float) -> None:
+    """Log a checkpoint as an artifact of the run."""
+    import wandb
+
+    artifact = wandb.Artifact(artifact_name(live.id), "model", metadata=dict(facts))
+    for file in _files(folder):
+        if kind == "upload":
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        else:
+            # its place says which it is: reading gigabytes to sum them up would hold up the end of a phase
+            artifact.add_reference(file.resolve().as_uri(), checksum=False)
+    live.log_artifact(artifact, aliases=[f"step-{facts['step']}"])
+    if not live.offline and kind == "upload":
+        artifact.wait(timeout=max(1, round(seconds)))
+
+
+def _use(live: LiveRun, came_from: Json) -> None:
+    """Say which artifact the run started from, if its server can know: the run's config names it in any case."""
+    import wandb
+
+    if live.offline or "artifact" not in came_from:
+        return
+    place = f"{came_from.get('entity') or live.entity}/{came_from['project']}/{came_from['artifact']}:latest"
+    try:
+        live.use_artifact(place)
+    except (ValueError, wandb.Error):  # its run was offline, say
+        live.config["source_not_on_server"] = place
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in _UPLOADED if (folder / name).exists()]
+
+
+def show_scores(
+    ckpt: str, folder: Path, kind: str, result: Json, options: TrackingOptions | None = None,
+    note: Callable[[str], object] = print,
+) -> None:
+    """Give W&B the scores of a checkpoint that were written to `folder`; another time the same W&B run is updated.
+
+    `kind` (finetune, evaluate, probe) is the type of the job. Without `options` those of the checkpoint's run hold, if
+    it was tracked.
+    """
+    origin = Path(ckpt).resolve()
+    came_from = {} if result.get("from_scratch") else source(origin)
+    options = options or (_tracking_of(origin) if "artifact" in came_from else None)
+    if options is None:
+        return
+    config = {key: value for key, value in result.items() if isinstance(value, str | bool | int)}
+    identity = Identity(
+        folder, folder / "wandb_id", group_of(ckpt), f"{kind}/scores", folder.name, config | {"source": came_from}
+    )
+    live = WandbRun(options, identity, lambda _: None, note)
+    live.publish(lambda run: _use(run, came_from))
+    live.publish(lambda run: run.log(_score_row(result)))
+    live.finish()
+
+
+def _tracking_of(origin: Path) -> TrackingOptions | None:
+    """The options of the run that a checkpoint lies in; None if it is in none."""
+    try:
+        config = yaml.safe_load(RunFolder(origin.parents[3]).config.read_text())
+        return TrackingOptions.model_validate(config["tracking"], strict=False)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _score_row(result: Json) -> dict[str, Any]:
+    """The scores, and tables of them: per fold, confusion, per class, probes."""
+    numbers = {key: value for key in ("accuracy", "map", "auc", "d_prime") if (value := result.get(key)) is not None}
+    if interval := result.get("interval"):
+        name = "accuracy" if "accuracy" in result else "map"
+        numbers |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+    tables: dict[str, tuple[Sequence[str], list[list[Any]]]] = {}
+    if folds := result.get("folds"):
+        names = list(next(iter(folds.values())))
+        tables["folds"] = ("fold", *names), [[fold, *map(values.get, names)] for fold, values in folds.items()]
+    if confusion := result.get("confusion"):
+        classes = result["classes"]
+        rows = [[name, *row] for name, row in zip(classes, confusion, strict=True)]
+        tables["confusion"] = ("is / predicted", *classes), rows
+    per_class = result.get("recall") or result.get("average_precision")
+    if per_class:
+        tables["classes"] = ("class", "recall" if "recall" in result else "average precision"), list(
+            map(list, per_class.items())
+        )
+    if probes := result.get("rows"):
+        columns = ("features", "readout", "linear", "linear std", "knn", "knn std")
+        tables["probe"] = columns, [
+            [row["features"], row["readout"], *(row[k][v] for k in ("linear", "knn") for v in ("mean", "std"))]
+            for row in probes
+        ]
+    return numbers | {name: _table(*table) for name, table in tables.items()}
+
+
+def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
+    import wandb
+
+    data = [list(row) for _, row in zip(range(_MOST_ROWS), rows, strict=False)]
+    return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else json.dumps(value)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """{} if it is not there."""
+    return json.loads(file.read_text()) if file.exists() else {}

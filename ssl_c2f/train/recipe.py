@@ -1,0 +1,239 @@
+"""What a run is made of: its options, and what follows from them before anything runs (geometries, phases, cost)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ssl_c2f.core.options import Options
+from ssl_c2f.curriculum import cost
+from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries
+from ssl_c2f.curriculum.phases import Curriculum, Phase, PhaseOptions, make_curriculum
+from ssl_c2f.data.augment import AugmentOptions
+from ssl_c2f.data.dataset import DataOptions
+from ssl_c2f.data.front_end import Masking
+from ssl_c2f.data.masks import MaskOptions
+from ssl_c2f.models.backbones import ModelOptions, activation_bytes, strides_and_folds
+from ssl_c2f.models.htsat import HTSATOptions
+from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.objectives import AnyOptions, Objective
+from ssl_c2f.objectives.mae import MAEOptions
+from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.track.wandb_run import TrackingOptions
+from ssl_c2f.train.optim import OptimOptions
+
+
+class TrainOptions(Options):
+    """How the loop runs; nothing here changes what is computed, but for precision."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_batch_per_device: int | None = Field(None, ge=1, description="larger batches are accumulated; none: no limit")
+    compile: bool = False
+    rehearse: bool = Field(True, description="run two steps of every phase before the job starts")
+    log_every: int = Field(10, ge=1, description="steps")
+    checkpoint_every: int = Field(500, ge=1, description="steps; the end of a phase is always kept")
+    keep: int = Field(2, ge=1, description="checkpoints of a phase")
+    max_nonfinite: int = Field(20, ge=0, description="steps skipped for a non-finite loss before the run stops")
+
+
+class EvaluationOptions(Options):
+    """The yardstick of validation during training: full resolution, raw targets, fixed masks."""
+
+    every: float = Field(0.0, ge=0, description="epochs between validations, besides the end of a phase; 0: never")
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_draws: int = Field(4, ge=1)
+    batch_size: int = Field(50, ge=1)
+    max_clips: int = Field(2000, ge=2, description="clips of either side of the kNN probe, and of the validation loss")
+    knn: int = Field(10, ge=1, description="neighbours")
+
+
+class RunOptions(Options):
+    """All options of one run."""
+
+    seed: int = Field(0, ge=0)
+    data: DataOptions = DataOptions()
+    audio: AudioOptions = AudioOptions()
+    compression: Compression = "frame_shift"
+    model: ModelOptions = EncoderOptions()
+    objective: AnyOptions = MAEOptions()
+    mask: MaskOptions = MaskOptions()
+    augment: AugmentOptions = AugmentOptions()
+    optim: OptimOptions = OptimOptions()
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights; 0: none is kept")
+    phases: tuple[PhaseOptions, ...] = Field(min_length=1)
+    train: TrainOptions = TrainOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    tracking: TrackingOptions = TrackingOptions()
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunOptions:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases: names must differ, not {', '.join(names)}")
+        if self.optim.lr is not None and all(phase.lr is not None for phase in self.phases):
+            raise ValueError("optim.lr has no effect: every phase sets its own lr (phases.0.lr=...)")
+        if isinstance(self.model, HTSATOptions):
+            self._may_be_hierarchical()
+        if self.fine_geometry.overlaps:
+            self._may_overlap()
+        for phase, geometry in zip(self.phases, self.geometries, strict=True):
+            if geometry.num_tokens < 2:
+                raise ValueError(f"phase {phase.name}: a clip of {self.audio.clip_seconds:g} s is a single token")
+        return self
+
+    def _may_be_hierarchical(self) -> None:
+        if not isinstance(self.objective, SupervisedOptions):
+            name = self.objective.name
+            raise ValueError(f"model htsat learns from labels only, and objective {name} hides tokens that its windows "
+                             "need: use model.name=vit, or ssl_c2f train")
+        if self.objective.head in ("class_token", "ast"):
+            raise ValueError(f"objective.head {self.objective.head}: model htsat has no class token; use mean_pool")
+
+    def _may_overlap(self) -> None:
+        stride = "model.stride_f and model.stride_t"
+        if self.objective.name != "supervised":
+            raise ValueError(f"{stride}: patches that overlap show objective {self.objective.name} what it should tell")
+        if own := next((phase.name for phase in self.phases if _own_patch(phase, (1, 1))), None):
+            raise ValueError(f"{stride}: phase {own} has a patch of its own; patches that overlap need one for all")
+
+    @cached_property
+    def geometries(self) -> list[Geometry]:
+        """One for each phase."""
+        return self._all_geometries[:-1]
+
+    @property
+    def fine_geometry(self) -> Geometry:
+        """Full resolution, the run's own patch: where validation losses are taken."""
+        return self._all_geometries[-1]
+
+    @cached_property
+    def _all_geometries(self) -> list[Geometry]:
+        patch = (self.model.patch_f, self.model.patch_t)
+        phases: list[tuple[int, tuple[int, int] | None]] = [
+            (phase.time_factor, _own_patch(phase, patch)) for phase in self.phases
+        ]
+        stride, fold = strides_and_folds(self.model)
+        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride, fold)
+
+    def mask_ratio(self, phase: PhaseOptions) -> float:
+        return phase.mask_ratio or self.mask.ratio
+
+    def parts(self, index: int, num_classes: int) -> list[cost.Part]:
+        """Costs of one clip in one step of phase `index`."""
+        ratio = self.mask_ratio(self.phases[index])
+        return self.objective.costs(self.model, self.geometries[index], ratio, num_classes)
+
+    def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
+        return make_curriculum(
+            self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, min_lr_ratio=self.optim.min_lr_ratio,
+            mask_ratio=self.mask.ratio, mask_shape=self.mask.shape or self.objective.mask_shape,
+            flops_per_clip=[cost.step_flops(self.parts(i, num_classes)) for i in range(len(self.phases))],
+        )
+
+    def masking(self, phase: Phase, objective: Objective) -> Masking | None:
+        if not objective.views:
+            return None
+        return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, objective.views, self.mask.seconds)
+
+    def build(self, geometry: Geometry, num_classes: int) -> Objective:
+        return self.objective.build(self.model, geometry, num_classes)
+
+
+def _own_patch(phase: PhaseOptions, patch: tuple[int, int]) -> tuple[int, int] | None:
+    return (phase.patch_f or patch[0], phase.patch_t or patch[1]) if phase.patch_f or phase.patch_t else None
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What one phase will cost."""
+
+    name: str
+    time_factor: int
+    hop_ms: float
+    frames: int
+    grid: tuple[int, int]
+    tokens: int
+    kept: int  # tokens of a clip that the encoder learns from, over all views
+    batch_size: int
+    steps: int
+    clips: int
+    gflops_per_clip: float  # one training step
+    tflops_per_step: float
+    pflops: float  # the phase
+    parts: dict[str, float]  # GFLOPs per clip by part
+    activation_mb_per_clip: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, and what it would if all of its epochs were seen in full."""
+
+    phases: tuple[PhasePlan, ...]
+    parameters: int
+    state_mb: float
+    pflops: float
+    single_phase_pflops: float
+    rehearsal_pflops: float
+
+    @property
+    def share(self) -> float:
+        """Cost as a share of a single-phase run of as many epochs."""
+        return self.pflops / self.single_phase_pflops
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"share_of_single_phase": self.share}
+
+
+def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
+    """The cost of a run over a set of `num_clips`, from its options alone."""
+    import torch
+
+    curriculum = options.curriculum(num_clips, num_classes)
+    with torch.random.fork_rng():
+        objective = options.build(options.geometries[-1], num_classes)
+    parameters = sum(p.numel() for p in objective.parameters())
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    phases = [_phase_plan(options, phase, num_classes) for phase in curriculum.phases]
+    limit = options.train.max_batch_per_device or max(p.batch_size for p in phases)
+    last_ratio = options.mask_ratio(options.phases[-1])
+    fine = options.objective.costs(options.model, options.fine_geometry, last_ratio, num_classes)
+    return Plan(
+        phases=tuple(phases), parameters=parameters,
+        state_mb=cost.state_bytes(parameters, options.ema > 0, frozen) / 1e6,
+        pflops=sum(p.pflops for p in phases),
+        single_phase_pflops=sum(p.clips for p in phases) * cost.step_flops(fine) / 1e15,
+        rehearsal_pflops=sum(2 * min(2 * limit, p.batch_size) * p.gflops_per_clip for p in phases) / 1e6,
+    )
+
+
+def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePlan:
+    geometry, parts = options.geometries[phase.index], options.parts(phase.index, num_classes)
+    per_clip, tokens = cost.step_flops(parts), cost.seen_tokens(parts)
+    clips, bytes_per_value = phase.steps * phase.batch_size, 2 if options.train.precision == "bf16" else 4
+    return PhasePlan(
+        name=phase.name, time_factor=phase.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
+        frames=geometry.frames(geometry.clip_samples), grid=geometry.grid, tokens=geometry.num_tokens,
+        kept=tokens, batch_size=phase.batch_size, steps=phase.steps, clips=clips,
+        gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
+        pflops=per_clip * clips / 1e15,
+        parts={part.name: part.step / 1e9 for part in parts},
+        activation_mb_per_clip=activation_bytes(options.model, geometry, tokens, bytes_per_value) / 1e6,
+    )
+
+
+def plan_rows(plan: Plan) -> tuple[Sequence[str], list[Sequence[object]]]:
+    """Columns and rows of the plan's table."""
+    columns = ("phase", "C", "hop", "frames", "grid", "tokens", "kept", "batch", "steps", "GFLOPs/clip", "TFLOPs/step",
+               "PFLOPs", "share")
+    rows = [
+        (p.name, p.time_factor, f"{p.hop_ms:g} ms", p.frames, f"{p.grid[0]}x{p.grid[1]}", p.tokens, p.kept,
+         p.batch_size, p.steps, f"{p.gflops_per_clip:.3g}", f"{p.tflops_per_step:.3g}", f"{p.pflops:.3g}",
+         f"{p.pflops / plan.pflops:.0%}")
+        for p in plan.phases
+    ]
+    return columns, [*rows, ("total", *[""] * 10, f"{plan.pflops:.3g}", f"{plan.share:.0%} of single-phase")]

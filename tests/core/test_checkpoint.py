@@ -1,0 +1,135 @@
+"""A checkpoint is complete or not there, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ssl_c2f.core import checkpoint
+from ssl_c2f.core.options import UserError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+
+
+def bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def train(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    decay, rest = {"params": [model.weight], "weight_decay": 0.1, "name": "decay"}, {"params": [model.bias], "lr": 1e-3}
+    optimizer = torch.optim.AdamW([decay, rest], lr=0.1 + 0.2, betas=(0.9, 0.95))
+    for _ in range(steps):
+        loss: Tensor = model(torch.randn(4, 3)).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB of its own, which really fills up and can really be read-only."""
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES), st.binary(min_size=27 * 8, max_size=27 * 8))
+def test_any_tensor_comes_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, shape: list[int], dtype: torch.dtype, raw: bytes
+) -> None:
+    source = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    values = source % 2 == 0 if dtype == torch.bool else source.view(dtype)  # NaNs with payloads, denormals, -0.0
+    tensor = values[: torch.Size(shape).numel()].reshape(shape)
+    path = checkpoint.save(tmp_path_factory.mktemp("c"), 1, {"model": {"t": tensor, "tied": tensor}}, {}, None, keep=1)
+    assert {bits(loaded) for loaded in checkpoint.load(path).model.values()} == {bits(tensor)}
+
+
+def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = train(steps=3)
+    tensors = {"model": model.state_dict(), "ema": {"weight": model.state_dict()["weight"].T}}
+    state = {"step": 3, "loss": 0.1 + 0.2, "names": ["a", None]}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 3, tensors, state, optimizer.state_dict(), keep=1))
+    assert loaded.state == state
+    assert loaded.ema is not None and loaded.optimizer is not None
+    assert bits(loaded.ema["weight"]) == bits(tensors["ema"]["weight"].detach())
+    assert loaded.optimizer["param_groups"] == optimizer.state_dict()["param_groups"]
+    for index, moments in optimizer.state_dict()["state"].items():
+        assert {k: bits(v) for k, v in loaded.optimizer["state"][index].items()} == {
+            k: bits(v) for k, v in moments.items()
+        }
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=6, unique=True), st.integers(1, 4))
+def test_the_newest_are_kept(tmp_path_factory: pytest.TempPathFactory, steps: list[int], keep: int) -> None:
+    folder = tmp_path_factory.mktemp("c")
+    for step in sorted(steps):
+        path = checkpoint.save(folder, step, {"model": {}}, {"step": step}, None, keep)
+        assert checkpoint.newest(folder) == path
+    assert {checkpoint.load(path).state["step"] for path in folder.iterdir()} == set(sorted(steps)[-keep:])
+
+
+def test_leftovers_are_ignored_and_then_removed(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is checkpoint.newest(tmp_path / "missing") is None
+    (tmp_path / ".tmp-step-00000009").mkdir()
+    (tmp_path / ".tmp-step-00000009" / "state.json").write_text("{")
+    (tmp_path / "step-old").mkdir()  # somebody's own
+    assert checkpoint.newest(tmp_path) is None
+    path = checkpoint.save(tmp_path, 9, {"model": {}}, {}, None, keep=1)
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "step-old"]
+
+
+def test_a_step_is_written_once(tmp_path: Path) -> None:
+    first = checkpoint.save(tmp_path, 5, {"model": {}}, {"n": 1}, None, keep=1)
+    assert checkpoint.save(tmp_path, 5, {"model": {}}, {"n": 1}, None, keep=1) == first
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.json", "optimizer.pt"])
+def test_damage_is_one_line(tmp_path: Path, name: str) -> None:
+    model, optimizer = train(steps=1)
+    tensors = {"model": model.state_dict(), "ema": model.state_dict()}
+    path = checkpoint.save(tmp_path, 1, tensors, {"a": 1}, optimizer.state_dict(), keep=1)
+    whole = (path / name).read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        (path / name).write_bytes(whole[:size])
+        with pytest.raises(UserError, match=name) as caught:
+            checkpoint.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {"model": {}}, {}, {}, keep=1)
+    torch.save({"f": os.system}, path / "optimizer.pt")
+    with pytest.raises(UserError, match=r"optimizer\.pt"):
+        checkpoint.load(path)
+
+
+def test_full_disk(mount: Path) -> None:
+    old = checkpoint.save(mount, 1, {"model": {"w": torch.ones(1000)}}, {}, None, keep=1)
+    with pytest.raises(UserError, match=r"step-00000002: No space left on device \(8\.0 MB needed\)"):
+        checkpoint.save(mount, 2, {"model": {"w": torch.ones(2_000_000)}}, {}, None, keep=1)
+    assert list(mount.iterdir()) == [old]
+    assert checkpoint.load(old).model["w"].sum() == 1000
+    assert checkpoint.save(mount, 2, {"model": {"w": torch.ones(1000)}}, {}, None, keep=1).exists()
+
+
+def test_read_only_folder(mount: Path) -> None:
+    old = checkpoint.save(mount, 1, {"model": {}}, {}, None, keep=1)
+    subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+    with pytest.raises(UserError, match="Read-only file system"):
+        checkpoint.save(mount, 2, {"model": {}}, {}, None, keep=1)
+    assert checkpoint.newest(mount) == old
