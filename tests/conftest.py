@@ -30,7 +30,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """15 recordings of half a second at 8 kHz: 3 classes, 5 folds. Not to be written to."""
-    from trained import write_sounds
+    from trained_runs import write_sounds
 
     return write_sounds(tmp_path_factory.mktemp("recordings") / "tones")
 
@@ -38,7 +38,7 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, tones: Path) -> Path:
     """A run with labels; fold 5 of `tones` is held out."""
-    from trained import train
+    from trained_runs import train
 
     return train(tmp_path_factory.mktemp("runs") / "classifier", tones, name="supervised")
 
@@ -46,6 +46,6 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, tones: Path) -> Path:
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory, tones: Path) -> Path:
     """A run without labels on the same recordings."""
-    from trained import train
+    from trained_runs import train
 
     return train(tmp_path_factory.mktemp("runs") / "mae", tones, name="mae", decoder_width=16, decoder_depth=1)

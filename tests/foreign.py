@@ -1,24 +1,21 @@
-"""Tiny models under the names that published checkpoints have, made with timm; and where the fixtures are."""
+"""Tiny models under the names that published checkpoints have, made with timm; and outputs of the published codes."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-FOLDER = Path(os.environ.get("SSL_C2F_FIXTURES") or Path(__file__).parents[2] / "shared" / "fixtures")
 WIDTH, MELS, FRAMES = 64, 32, 80  # 64: one head, as imports take width / 64
 State = dict[str, Tensor]
 
 
 def fixture(name: str) -> tuple[State, State]:
     """The state dict and the case of one of the published codes; skips where they are not there."""
-    file = FOLDER / f"{name}.safetensors"
+    file = FIXTURES / f"{name}.safetensors"
     if not file.exists():
         pytest.skip(f"no {file} (SSL_C2F_FIXTURES names another folder)")
     tensors = load_file(file)

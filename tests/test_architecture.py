@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from paths import ROOT
 
 # Top to bottom: a folder imports only from those below it. Within a folder any order will do, without cycles.
 ORDER = ("__main__", "cli", "jobs", "launch", "tasks", "report", "train", "objectives", "models", "data", "curriculum",

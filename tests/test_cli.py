@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import tiny
+import tiny_runs
+from paths import ROOT
 
 from ssl_c2f import cli
 from ssl_c2f.core import options
 from ssl_c2f.tasks import config
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FLAGS = {
     "demo": {"folder"}, "pretrain": {"words"}, "train": {"words"}, "finetune": {"--ckpt", "--config", "words"},
@@ -81,7 +81,7 @@ def error(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> str:
     file = tmp_path / "tiny.yaml"
-    file.write_text(json.dumps(tiny.DEFAULTS | {"evaluation": {"every": 0}}))  # JSON is YAML
+    file.write_text(json.dumps(tiny_runs.DEFAULTS | {"evaluation": {"every": 0}}))  # JSON is YAML
     return str(file)
 
 
@@ -165,7 +165,7 @@ def test_the_main_job(tiny_config: str, sounds: Path, tmp_path: Path, capsys: py
     assert "of single-phase" in capsys.readouterr().out
     assert cli.main(["pretrain", tiny_config, data, "data.val_folds=[5]", f"run_dir={run}"]) == 0
     assert cli.main(["pretrain", tiny_config, data, "data.val_folds=[5]", f"run_dir={run}"]) == 0
-    assert tiny.training_steps(run) == [1, 2, 3, 4, 5, 6]
+    assert tiny_runs.training_steps(run) == [1, 2, 3, 4, 5, 6]
     short = ["phases=[{name: tune, steps: 2, batch_size: 8}]", "folds=[1,2]", "tracking.wandb=off", data]
     assert cli.main(["finetune", "--ckpt", str(run), *short]) == 0
     scores = json.loads((run / "finetune/default/scores.json").read_text())

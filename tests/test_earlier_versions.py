@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import checkpoints
+from tiny_runs import checkpoints
 
 import ssl_c2f
 from ssl_c2f import cli

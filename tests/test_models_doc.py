@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from paths import ROOT
 
 from ssl_c2f.objectives import AnyOptions, Objective, ObjectiveOptions
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/models.md").read_text()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import mounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -38,12 +39,8 @@ def train(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB of its own, which really fills up and can really be read-only."""
-    folder = tmp_path / "mount"
-    folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path / "mount", "size=1m") as folder:
+        yield folder
 
 
 @settings(max_examples=50, deadline=None)

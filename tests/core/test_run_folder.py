@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from disks import mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,12 +44,8 @@ def run(tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A folder that refuses even root."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder]).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path / "read-only", "ro") as folder:
+        yield folder
 
 
 def test_a_second_writer_is_refused_and_told_who_holds_the_folder(run: RunFolder) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ESC10, needs_esc10
 
 from ssl_c2f.data.decode import AudioError, Header, read_audio, read_header, resampled_length
 
 RATE = 16000
-ESC10 = Path(os.environ.get("SSL_C2F_ESC10", Path(__file__).parents[3] / "shared/data/esc10"))
-needs_esc10 = pytest.mark.skipif(not ESC10.is_dir(), reason="no ESC-10: set SSL_C2F_ESC10 to its folder")
 
 
 def noise(seconds: float, rate: int, channels: int = 1, seed: int = 0) -> np.ndarray:

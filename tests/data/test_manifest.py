@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import string
 from dataclasses import replace
@@ -12,12 +11,10 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import ESC10, needs_esc10
 
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.manifest import Clip, Manifest, fingerprint, read_manifest, scan, write_manifest
-
-ESC10 = Path(os.environ.get("SSL_C2F_ESC10", Path(__file__).parents[3] / "shared/data/esc10"))
-needs_esc10 = pytest.mark.skipif(not ESC10.is_dir(), reason="no ESC-10: set SSL_C2F_ESC10 to its folder")
 
 
 def sound(file: Path, samples: int = 160, rate: int = 16000, channels: int = 1) -> Path:

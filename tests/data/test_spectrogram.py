@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import soundfile
 import torch
 import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ESC10, needs_esc10
 from torch import Tensor
 from torchaudio.compliance.kaldi import get_mel_banks
 
 from ssl_c2f.data.spectrogram import Fbank
 
 RATE, HOP, WINDOW, MELS = 16000, 160, 400, 128
-ESC10 = Path(os.environ.get("SSL_C2F_ESC10", Path(__file__).parents[2] / "../shared/data/esc10"))
 
 
 def fbank(hop: int = HOP, window: int = WINDOW, mels: int = MELS) -> Fbank:
@@ -74,7 +71,7 @@ def test_equals_kaldi_at_other_settings(
     torch.testing.assert_close(ours[0], theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(not ESC10.is_dir(), reason="no ESC-10 recordings: set SSL_C2F_ESC10 to their folder")
+@needs_esc10
 def test_equals_kaldi_on_real_recordings() -> None:
     for folder in sorted(path for path in ESC10.iterdir() if path.is_dir()):
         samples, rate = soundfile.read(sorted(folder.glob("*.ogg"))[0], dtype="float32")

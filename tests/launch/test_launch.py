@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import CONFIG, LAUNCH, launch, program
+from launcher import CONFIG, LAUNCH, launch, program
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from ssl_c2f.core.options import UserError

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import CONFIG, LAUNCH, launch, program
+from launcher import CONFIG, LAUNCH, launch, program
+from waits import wait_for
 
 from ssl_c2f.core.options import UserError
 from ssl_c2f.launch import local
@@ -43,13 +44,6 @@ def no_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program(folder / name, f"import sys; open({str(asked)!r}, 'a').write({name!r}); sys.exit('no controller')")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return asked
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    until = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < until, f"waited for {what}"
-        time.sleep(0.01)
 
 
 def test_a_local_job_is_a_process_and_none_of_slurms(

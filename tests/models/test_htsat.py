@@ -14,9 +14,10 @@ from engine_runs import go, to_the_end_in_steps
 from flops import counted
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 from timm.models.swin_transformer import SwinTransformerBlock
-from tiny import checkpoints, records, weights
-from trained import CLASSES, of, write_sounds
+from tiny_runs import checkpoints, records, weights
+from trained_runs import CLASSES, of, write_sounds
 
 from ssl_c2f.core import checkpoint, options
 from ssl_c2f.core.options import UserError
@@ -40,7 +41,6 @@ from ssl_c2f.train import optim
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.weights import load_weights
 
-ROOT = Path(__file__).parents[2]
 SMALL = HTSATOptions(widths=(8, 16, 32, 64), depths=(2, 1, 1, 2), heads=(1, 2, 2, 4))
 COMPRESSIONS: tuple[Compression, ...] = ("frame_shift", "pool_mean", "pool_max", "patch")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -176,7 +176,7 @@ def test_supervised_training_overlaps_from_coarse_to_fine(sounds: Path, tmp_path
     }))
     words = [str(config), f"data.root={sounds}", f"run_dir={tmp_path / 'run'}"]
     assert cli.main(["train", *words]) == 0
-    saved = [checkpoint.load(folder).state for folder in tiny.checkpoints(tmp_path / "run")]
+    saved = [checkpoint.load(folder).state for folder in tiny_runs.checkpoints(tmp_path / "run")]
     coarse, fine = (Geometry(**state["geometry"]) for state in saved)
     assert coarse.overlaps and (coarse.stride_t, coarse.hop) == (8, 320)
     assert fine.overlaps and fine.grid == (3, 9)  # 78 frames

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import go, open_job, to_the_end_in_steps
-from tiny import checkpoints, records, run_options, training_steps, weights
-from trained import write_sounds
+from paths import ROOT
+from tiny_runs import checkpoints, records, run_options, training_steps, weights
+from trained_runs import write_sounds
 
 from ssl_c2f.core import checkpoint, options
 from ssl_c2f.data.synthetic import CLASSES, write_dataset
@@ -20,7 +21,6 @@ from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.state import Run
 from ssl_c2f.train.validate import at_full_resolution, batches, validate
 
-ROOT = Path(__file__).parents[2]
 COMPRESSIONS = ("frame_shift", "pool_mean", "patch")
 SMALL = {
     "ssast": "objective={name: ssast, passes: two}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +22,9 @@ from batches import (
     sounds,
     with_other_padding,
 )
+from foreign import fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +35,6 @@ from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import EncoderOptions
 from ssl_c2f.objectives.ssast import SSAST, Softmax, SSASTOptions, match, squared_error, take
 
-FIXTURE = Path(__file__).parents[3] / "shared/fixtures/ssast_tiny_depth2.safetensors"
 TWO = replace(MASKING, views=2)
 each_passes = pytest.mark.parametrize("passes", ["one", "two"])
 each_softmax = pytest.mark.parametrize("softmax", ["targets", "predictions"])
@@ -56,10 +54,8 @@ def masked(num_samples: list[int], model: SSAST, seed: int = 0) -> Batch:
 
 def test_the_losses_are_those_of_the_published_code() -> None:
     """From the published head's output on, which this small copy of the published forward pass computes."""
-    if not FIXTURE.exists():
-        pytest.skip(f"{FIXTURE} is not there")
-    case = load_file(FIXTURE)
-    w = {name.removeprefix("model.module."): value for name, value in case.items() if name.startswith("model.")}
+    state, case = fixture("ssast_tiny_depth2")
+    w = {name.removeprefix("module."): value for name, value in state.items()}
     geometry = make_geometry(AUDIO.model_copy(update={"num_mels": 128, "clip_seconds": 10.26}), "frame_shift", (16, 16))
     assert geometry.grid == (8, 64)
     patches = patchify(case["input"], geometry)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pages import Page, page_of
-from tiny import DEFAULTS, records, run_options
+from tiny_runs import DEFAULTS, records, run_options
 
 from ssl_c2f.core import options
 from ssl_c2f.tasks.finetune import FinetuneOptions, checkpoint_defaults, finetune

@@ -6,7 +6,6 @@ A process that is to be struck is stopped first (SIGSTOP), so that it is hit at 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -15,14 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import launcher
+from waits import wait_for
+
 from ssl_c2f.launch import cluster, schedule
 
-ROOT = Path(__file__).parents[2]
 STEPS = 40  # of a phase
 CONFIG = """
 compression: frame_shift
@@ -41,26 +41,11 @@ THREE = CONFIG.replace("  - {name: fine", MIDDLE + "  - {name: fine")
 _launching = threading.Lock()  # os.environ and stdout are everybody's
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The condition's value once it is true."""
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > until:
-            raise AssertionError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.002)
-    return value
-
-
 def launch(*words: object) -> tuple[int, str]:
     """slurm/launch.py in this process, which has imported torch already: its exit status and all that it printed."""
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "slurm" / "launch.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     said = io.StringIO()
     with _launching, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = module.main([str(word) for word in words])
-    return status, said.getvalue()
+        return launcher.launch(*words), said.getvalue()
 
 
 def weights(run: Path) -> bytes:
@@ -84,7 +69,7 @@ def straight(config: Path, sounds: Path, run: Path, processes: int) -> bytes:
 
 def local(config: Path, sounds: Path, run: Path, processes: int) -> bytes:
     """The weights of a run by `--cluster local`."""
-    words = [sys.executable, ROOT / "slurm" / "launch.py", "pretrain", config, f"data.root={sounds}", "--run-dir", run]
+    words = [sys.executable, launcher.LAUNCH, "pretrain", config, f"data.root={sounds}", "--run-dir", run]
     command = [*words, "--cluster", "local", "--ngpus", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,16 +108,16 @@ class ClusterRun:
 
     def stop_at(self, part: str, step: int, attempt: int) -> list[int]:
         """Stop the processes of a part's attempt (from 1) once the run has done a step; returns their pids."""
-        wait_for(lambda: len(self.events("started", part)) >= attempt * self.ranks, 150, f"attempt {attempt} of {part}")
+        wait_for(lambda: len(self.events("started", part)) >= attempt * self.ranks, f"attempt {attempt} of {part}", 150)
         pids = [event["pid"] for event in self.events("started", part)[-self.ranks:]]
-        wait_for(lambda: self.step() >= step, 150, f"step {step}")
+        wait_for(lambda: self.step() >= step, f"step {step}", 150)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
         return pids
 
     def finish(self, seconds: float = 300) -> None:
-        wait_for(lambda: not cluster.active(self.ids) or time.sleep(0.5), seconds, f"{self.path.name} to end")
+        wait_for(lambda: not cluster.active(self.ids) or time.sleep(0.5), f"{self.path.name} to end", seconds)
 
 
 def go_on(pids: list[int]) -> None:

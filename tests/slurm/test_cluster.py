@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_runs import CONFIG, THREE, ClusterRun, go_on, launch, local, straight, wait_for, weights
+from cluster_runs import CONFIG, THREE, ClusterRun, go_on, launch, local, straight, weights
+from waits import wait_for
 
 from ssl_c2f.launch import cluster, schedule
 from ssl_c2f.launch.status import parts_of
@@ -194,7 +195,7 @@ def test_dry_run_shows_what_is_submitted(tmp_path: Path, config: Path, sounds: P
         real = (tmp_path / "run" / "submitit" / f"{jobs[name]['id']}_submission.sh").read_text()
         expected = real.replace(f"afterok:{jobs['coarse']['id']}", "'afterok:<coarse>'")
         assert expected.strip() in shown
-    wait_for(lambda: not cluster.active([job["id"] for job in jobs.values()]), 60, "the cancelled jobs")
+    wait_for(lambda: not cluster.active([job["id"] for job in jobs.values()]), "the cancelled jobs", 60)
 
 
 @pytest.mark.parametrize(
@@ -239,4 +240,4 @@ def test_later_refusal_cancels_what_was_submitted(
     status, said = launch(*words)
     assert status == 2 and "Slurm refused run/fine: " in said.strip().splitlines()[-1]
     assert schedule.read_jobs(run.path) == {}
-    wait_for(lambda: "run/coar" not in in_queue(), 60, "the first job to go")
+    wait_for(lambda: "run/coar" not in in_queue(), "the first job to go", 60)

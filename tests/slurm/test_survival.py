@@ -11,9 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster_runs import CONFIG, STEPS, ClusterRun, go_on, is_pending, launch, local, straight, wait_for
+from cluster_runs import CONFIG, STEPS, ClusterRun, go_on, is_pending, launch, local, straight
 from cluster_runs import weights as final_weights
 from submitit import SlurmJob
+from waits import wait_for
 from wandb_files import sent
 
 from ssl_c2f.launch import cluster
@@ -24,7 +25,7 @@ Strike = Callable[[ClusterRun, str, list[int]], None]
 
 def interrupt(run: ClusterRun, part: str, pids: list[int]) -> None:
     SlurmJob(folder=run.path / "submitit", job_id=run.id(part))._interrupt()
-    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 60, "the signal")  # a phase ends in no time
+    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), "the signal", 60)  # a phase ends in no time
     go_on(pids)
 
 
@@ -38,12 +39,12 @@ def preempt(run: ClusterRun, part: str, pids: list[int]) -> None:
     nodes = ("-N2", "-w", "stnode[3-4]", "--exclusive")
     command = ["sbatch", "-p", "high", *nodes, "-t1", "-o", "/dev/null", "--wrap", "true"]
     subprocess.run(command, check=True, timeout=60, capture_output=True)
-    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 60, "preemption")
+    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), "preemption", 60)
     go_on(pids)
 
 
 def time_limit(run: ClusterRun, part: str, pids: list[int]) -> None:
-    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), 150, "the time limit")
+    wait_for(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in pids), "the time limit", 150)
     go_on(pids)
 
 
@@ -73,7 +74,7 @@ def kill_step(run: ClusterRun, part: str, pids: list[int]) -> None:
 
 
 def _launch_once_over(run: ClusterRun, part: str) -> None:
-    wait_for(lambda: not cluster.active([run.id(part)]), 60, "the job to be over")
+    wait_for(lambda: not cluster.active([run.id(part)]), "the job to be over", 60)
     run.launch()
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from trained import CLASSES, damage, of, read_csv, write_sounds
+from trained_runs import CLASSES, damage, of, read_csv, write_sounds
 
 from ssl_c2f.core import progress
 from ssl_c2f.core.options import UserError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from engine_runs import before
-from launched import CONFIG, launch
+from launcher import CONFIG, launch
 from torch import Tensor
 
 from ssl_c2f.core import options

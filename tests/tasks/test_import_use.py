@@ -7,7 +7,7 @@ from pathlib import Path
 
 import foreign
 import pytest
-import tiny
+import tiny_runs
 import torch
 
 from ssl_c2f import cli
@@ -19,7 +19,7 @@ SHORT = ["phases=[{name: tune, steps: 1, batch_size: 4}]", "tracking.wandb=off",
 
 
 def state_of(run: Path) -> dict[str, object]:
-    newest = tiny.checkpoints(run)[-1]
+    newest = tiny_runs.checkpoints(run)[-1]
     state: dict[str, object] = checkpoint.load(newest).state
     return state
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import DEFAULTS, run_options
+from tiny_runs import DEFAULTS, run_options
 
 from ssl_c2f import cli
 from ssl_c2f.models.backbones import activation_bytes

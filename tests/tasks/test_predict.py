@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import soundfile
-from trained import CLASSES, RATE, damage, of, read_csv
+from trained_runs import CLASSES, RATE, damage, of, read_csv
 
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.synthetic import render

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from trained import CLASSES, of, write_sounds
+from trained_runs import CLASSES, of, write_sounds
 
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.front_end import Batch

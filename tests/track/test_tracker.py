@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tracked import track
+from trackers import track
 from wandb_files import sent
 from wandb_stub import KEY, WandbStub
 
@@ -118,7 +118,7 @@ def test_a_lost_process_of_wandb_leaves_a_whole_copy(tmp_path: Path) -> None:
     script = f"""
 import os, subprocess
 from pathlib import Path
-from tracked import track
+from trackers import track
 tracker = track(Path({str(tmp_path)!r}), "offline", resume_step=0)
 for step in range(1, 6):
     if step == 4:

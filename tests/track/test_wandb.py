@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_runs
 from wandb_stub import KEY, WandbStub
 
 pytestmark = pytest.mark.slow
@@ -51,11 +51,11 @@ class Shell:
         mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         self.environment = {**mine, **SECRETS, **server.environment(folder / "home"), "NO_PROXY": "127.0.0.1"}
         self.data = f"data.root={sounds}"
-        config = tiny.DEFAULTS | {
-            "phases": [phase | {"steps": STEPS} for phase in tiny.DEFAULTS["phases"]],
+        config = tiny_runs.DEFAULTS | {
+            "phases": [phase | {"steps": STEPS} for phase in tiny_runs.DEFAULTS["phases"]],
             "evaluation": {"every": 4, "max_clips": 6, "mask_draws": 1},
             "tracking": {"wandb": "online", "timeout_seconds": PATIENCE},
-            "train": tiny.DEFAULTS["train"] | {"checkpoint_every": 100},
+            "train": tiny_runs.DEFAULTS["train"] | {"checkpoint_every": 100},
         }
         folder.mkdir(exist_ok=True)
         (folder / "tiny.yaml").write_text(json.dumps(config))

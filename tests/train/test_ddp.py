@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import checkpoints, records, run_options, weights
+from tiny_runs import checkpoints, records, run_options, weights
 from torch import nn
 
 from ssl_c2f.core import checkpoint, options

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from disks import mounted
 from engine_runs import go, one_step, open_job, to_the_end_in_steps, watch
-from tiny import checkpoints, records, run_options, training_steps, weights
+from tiny_runs import checkpoints, records, run_options, training_steps, weights
 
 from ssl_c2f.core import checkpoint, options
 from ssl_c2f.core.options import UserError
@@ -308,13 +309,8 @@ def test_the_error_of_a_worker_is_one_line(sounds: Path, tmp_path: Path) -> None
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path / "disk", "size=2m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(

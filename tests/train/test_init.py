@@ -10,12 +10,11 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from paths import ROOT
 
 from ssl_c2f import cli
 from ssl_c2f.core import checkpoint
 from ssl_c2f.train.weights import find_checkpoint, initial_weights, load_weights, rebuild
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
-from tiny import checkpoints, records, run_options, training_steps, weights
+from tiny_runs import checkpoints, records, run_options, training_steps, weights
 
 from ssl_c2f import cli
 from ssl_c2f.core import options

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from tiny import run_options
+from tiny_runs import run_options
 
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import Batch, Masking

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import before, go, open_job, watch
-from tiny import checkpoints, records, run_options
+from tiny_runs import checkpoints, records, run_options
 from torch import Tensor, nn
 
 from ssl_c2f.core import checkpoint

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny import checkpoints, records, run_options, weights
+from tiny_runs import checkpoints, records, run_options, weights
 
 from ssl_c2f.core.signals import Interrupted, Stop
 from ssl_c2f.train import engine

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LAUNCH = Path(__file__).parents[1] / "slurm" / "launch.py"
+from paths import ROOT
+
+LAUNCH = ROOT / "slurm" / "launch.py"
 CONFIG = """
 audio: {clip_seconds: 1.0, num_mels: 32}
 model: {width: 16, depth: 1, heads: 2, patch_f: 16, patch_t: 8}
