@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_c2f.core import options
-from ssl_c2f.report.summary import read_metrics
+from ssl_c2f.core.files import read_jsonl
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
 
@@ -55,7 +56,7 @@ def measure(root: str, method: str, budget: float, seed: int, lr: float) -> dict
     folder = Path(tempfile.mkdtemp(prefix="equal-flops-"))
     try:
         engine.run(options.load(RunOptions, None, (), recipe(root, method, budget, seed, lr)), folder)
-        last = [record for record in read_metrics(folder) if "val/loss" in record][-1]
+        last = [record for record in read_jsonl(RunFolder(folder).metrics) if "val/loss" in record][-1]
     finally:
         shutil.rmtree(folder)
     return {

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_c2f.core import options
-from ssl_c2f.report.summary import read_metrics
+from ssl_c2f.core.files import read_jsonl
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
 
@@ -63,7 +64,7 @@ def measure(root: str, backbone: str, method: str, seed: int, epochs: float) -> 
         try:
             made = options.load(RunOptions, None, (), recipe(root, backbone, method, fold, seed, epochs))
             engine.run(made, folder, kind="train")
-            last = [record for record in read_metrics(folder) if "val/accuracy" in record][-1]
+            last = [record for record in read_jsonl(RunFolder(folder).metrics) if "val/accuracy" in record][-1]
         finally:
             shutil.rmtree(folder)
         accuracies.append(last["val/accuracy"])

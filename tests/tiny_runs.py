@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f.core import checkpoint, options
+from ssl_c2f.core import options
+from ssl_c2f.core.run_folder import newest_in
 from ssl_c2f.train.recipe import RunOptions
 
 OF_TIME = ("train_seconds", "clips_per_second", "data_wait")  # what differs between two runs that are the same
@@ -47,7 +48,7 @@ def training_steps(run: Path) -> list[int]:
 def checkpoints(run: Path) -> list[Path]:
     """The newest one of each phase."""
     folders: Sequence[Path] = sorted(run.glob("phases/*/checkpoints"))
-    return [found for folder in folders if (found := checkpoint.newest(folder))]
+    return [found for folder in folders if (found := newest_in(folder))]
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -29,7 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ssl_c2f.core.files import one_line, write_through
 from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import checkpoints_in
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,7 @@ def save(
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_through(temporary / name, data)
         _sync_folder(temporary)
         temporary.rename(target)
         _sync_folder(folder)
@@ -82,15 +81,10 @@ def save(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += f" ({sum(map(len, files.values())) / 1e6:.1f} MB needed)"
         raise UserError(f"cannot write the checkpoint {target}: {reason}") from error
-    for old in _steps(folder)[:-keep]:
+    for old in checkpoints_in(folder)[:-keep]:
         doomed = old.rename(folder / f".tmp-{old.name}")  # first the name, so that a removal cut short shows nowhere
         shutil.rmtree(doomed, ignore_errors=True)
     return target
-
-
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None. Changes nothing, so it is safe beside a running job."""
-    return next(reversed(_steps(folder)), None)
 
 
 def load(path: Path) -> Checkpoint:
@@ -103,7 +97,7 @@ def load(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path / 'state.json'}: {_one_line(error)}") from error
+        raise UserError(f"cannot read {path / 'state.json'}: {one_line(error)}") from error
     return Checkpoint(
         model=load_tensors(path / "model.safetensors"),
         ema=load_tensors(ema) if ema.exists() else None,
@@ -121,7 +115,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {_one_line(error)}") from error
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
 
 
 def load_published(file: Path) -> dict[str, Tensor]:
@@ -142,7 +136,7 @@ def load_published(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # damage shows as RuntimeError, UnpicklingError, EOFError, KeyError, ...
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{file} is refused: besides weights it holds {found[1]}; nothing of it was run") from None
-        raise UserError(f"{file} cannot be read as weights and plain data: {_one_line(error)}") from None
+        raise UserError(f"{file} cannot be read as weights and plain data: {one_line(error)}") from None
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -158,7 +152,7 @@ def _load_optimizer(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows as RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        raise UserError(f"cannot read {file}: {_one_line(error)}") from error
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
     return state
 
 
@@ -178,12 +172,6 @@ def _serialise(
     return files
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
 def _sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -191,7 +179,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -99,11 +99,25 @@ def dump(options: Options) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(options.model_dump(mode="json")))
 
 
-def differences(a: Options, b: Options) -> list[tuple[str, Any, Any]]:
-    """The dotted keys at which two options differ, with both values; "-" stands for a key that one does not have."""
-    left, right = (dict(_flatten(options.model_dump(mode="json"))) for options in (a, b))
+def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    """The dotted keys at which two options (or what YAML holds of them) differ, with both values; "-" stands for a key
+    that one does not have."""
+    left, right = (dict(flatten(o.model_dump(mode="json") if isinstance(o, Options) else o)) for o in (a, b))
     pairs = ((key, left.get(key, "-"), right.get(key, "-")) for key in left | right)
     return [(key, old, new) for key, old, new in pairs if old != new]
+
+
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; a list is one value unless it holds mappings."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = dict(enumerate(value)).items()
+    else:
+        yield key, value
+        return
+    for name, below in items:
+        yield from flatten(below, f"{key}.{name}" if key else str(name))
 
 
 def find_config(name: str, command: str) -> Path:
@@ -290,19 +304,6 @@ def _dotted(location: Location, data: Any, *, missing: bool) -> str:
             parts.append(part)
             data = data[part]
     return ".".join(map(str, [*parts, location[-1]] if missing else parts))
-
-
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; a list is one value unless it holds mappings."""
-    if isinstance(value, dict) and value:
-        items = value.items()
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = dict(enumerate(value)).items()
-    else:
-        yield key, value
-        return
-    for name, below in items:
-        yield from _flatten(below, f"{key}.{name}" if key else str(name))
 
 
 def _brief(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +10,9 @@ from pathlib import Path
 import torch
 
 from ssl_c2f.core import draws
+from ssl_c2f.core.files import append_line, read_jsonl, write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import RunFolder, append_line, write_text
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.dataset import DataOptions, Source, Windows, fill_cache, in_batches, make_loader, open_manifest, split
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
@@ -28,11 +28,8 @@ class BadFiles:
     seen: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.file and self.file.exists():
-            for line in self.file.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # half a line, of a process that was killed
-                    row = json.loads(line)
-                    self.seen[row["path"]] = row["reason"]
+        if self.file:
+            self.seen |= {row["path"]: row["reason"] for row in read_jsonl(self.file)}
 
     def add(self, bad: Sequence[tuple[str, str]]) -> None:
         """Raises UserError beyond the limit."""
@@ -103,7 +100,7 @@ class Corpus:
     def statistics(self, geometry: Geometry) -> Statistics:
         """Mean and deviation of the log-mel values of the training clips, over real frames only."""
         digest = geometry.digest()
-        file = self.folder / "statistics" / f"{digest}.json" if self.folder else None
+        file = RunFolder(self.folder).statistics(digest) if self.folder else None
         if digest in self.given:
             return self.given[digest]
         if digest not in self._statistics and file and file.exists():

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import write_text
 from ssl_c2f.data.decode import AudioError, Member, read_header
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")

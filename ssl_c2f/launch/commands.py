@@ -18,9 +18,10 @@ from typing import Any
 import submitit
 
 from ssl_c2f.core import options as files
+from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.core.run_folder import redact, write_text
+from ssl_c2f.core.provenance import redact
 from ssl_c2f.launch import cluster, local, schedule
 from ssl_c2f.launch import status as jobstatus
 from ssl_c2f.launch.cluster import Resources

@@ -26,7 +26,7 @@ from typing import Any
 from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from ssl_c2f.core.run_folder import append_line
+from ssl_c2f.core.files import append_line, read_jsonl
 from ssl_c2f.core.signals import Interrupted, Stop
 
 FOLDER = "submitit"  # in the run folder: scripts, logs, and what follows
@@ -95,7 +95,7 @@ class Job:
             raise
 
     def _record_failure(self, environment: JobEnvironment, error: BaseException) -> None:
-        self.record(environment, "failed", error=f"{type(error).__name__}: {_last_line(error)}")
+        self.record(environment, "failed", error=f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}")
 
     def _work(self, stop: Stop) -> None:
         from ssl_c2f.core import options
@@ -184,14 +184,7 @@ def export_rendezvous() -> JobEnvironment:
 
 def events_of(run: Path) -> list[dict[str, Any]]:
     """What the jobs of a run have recorded."""
-    file = run / FOLDER / EVENTS
-    events = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:  # cut short by a crash
-            continue
-    return events
+    return read_jsonl(run / FOLDER / EVENTS)
 
 
 def _leave_group() -> None:
@@ -200,7 +193,3 @@ def _leave_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # others may be gone
             torch.distributed.destroy_process_group()
-
-
-def _last_line(error: BaseException) -> str:
-    return next(reversed(str(error).strip().splitlines()), "")

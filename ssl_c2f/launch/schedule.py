@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from ssl_c2f.core import locks
+from ssl_c2f.core.files import write_json
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import PhaseFolder, RunFolder, write_text
+from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.data.dataset import open_manifest, split
 from ssl_c2f.launch import cluster
 from ssl_c2f.launch.cluster import Resources
@@ -224,7 +224,7 @@ def remember(task: Task, number: str | None, folder: Path, kind: str = "slurm") 
         where = {"cluster": kind} | ({"host": socket.gethostname()} if kind == "local" else {})
         now = datetime.now(UTC).isoformat(timespec="seconds")
         jobs[task.job.name] = {"id": number, **where, "log": log, "submitted": now}
-    write_text(task.run / "jobs.json", json.dumps(jobs, indent=1) + "\n")
+    write_json(task.run / "jobs.json", jobs)
 
 
 @contextlib.contextmanager
@@ -234,27 +234,10 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: there is another, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "launching", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another launch of {folder.parent} is under way") from None
-        except OSError as error:
-            raise UserError(f"cannot lock {folder / 'launching'}: {error.strerror}") from error
+    with locks.hold(folder / "launching", f"another launch of {folder.parent} is run"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_launching(folder: Path) -> bool:
     """Whether a launcher is at work there: one that runs jobs here stays until they have ended."""
-    try:
-        with alone(folder):
-            return False
-    except UserError:
-        return True
+    return locks.state(folder / "launching") == "held"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssl_c2f.core.files import read_json, read_jsonl
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.launch import cluster, local
 from ssl_c2f.launch.jobs import events_of
 from ssl_c2f.launch.schedule import read_jobs, slurm_ids
-from ssl_c2f.report.summary import read_metrics
 
 _TAIL = 3  # lines of a log
 
@@ -105,30 +105,22 @@ def print_status(path: Path) -> None:
 
 def _is_done(run: Path, name: str, own: list[dict[str, Any]]) -> bool:
     """A phase has a marker of its own; a fold or an evaluation says so itself."""
-    if any((folder / "done").exists() for folder in (run / "phases").glob(f"*-{name}")):
-        return True
-    return any(event["event"] == "ended" and event["rank"] == 0 for event in own) and not any(
-        (run / "phases").glob(f"*-{name}")
-    )
-
-
-def _plan(run: Path) -> list[dict[str, Any]]:
-    file = run / "plan.json"
-    phases: list[dict[str, Any]] = json.loads(file.read_text())["phases"] if file.exists() else []
-    return phases
+    phase = next((phase for phase in RunFolder(run).phases() if phase.name == name), None)
+    return phase.is_done() if phase else any(event["event"] == "ended" and event["rank"] == 0 for event in own)
 
 
 def _pace(run: Path, name: str) -> tuple[str, str, str]:
     """Steps of a phase, or of all phases of a fold, that are done, clips a second, and the time that is left."""
-    is_fold = name.startswith("fold-")
-    folder = run / name if (run / name / "plan.json").exists() else run  # recordings without folds have one fit, `run`
-    plan = _plan(folder)
+    is_fold, folder = name.startswith("fold-"), RunFolder(run / name)
+    if not folder.plan.exists():  # a phase of `run`; recordings without folds have one fit, `run` itself
+        folder = RunFolder(run)
+    plan: list[dict[str, Any]] = read_json(folder.plan).get("phases", [])
     own = [i for i, phase in enumerate(plan) if phase["name"] == name or is_fold]
     if not own:
         return "-", "-", "-"
     first, steps = sum(phase["steps"] for phase in plan[: own[0]]), sum(plan[i]["steps"] for i in own)
     names = {plan[i]["name"] for i in own}
-    records = [r for r in read_metrics(folder) if r["phase"] in names and "clips_per_second" in r]
+    records = [r for r in read_jsonl(folder.metrics) if r["phase"] in names and "clips_per_second" in r]
     if not records:
         return f"0/{steps}", "-", "-"
     done, rate, clips = records[-1]["step"] - first, records[-1]["clips_per_second"], 0

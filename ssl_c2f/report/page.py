@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f.core.run_folder import write_text
+from ssl_c2f.core.files import write_text
 from ssl_c2f.report import sections as s
-from ssl_c2f.report.read import AXES, Json, RunData, read_runs
-from ssl_c2f.report.series import Column, curve, tokens_per_step
+from ssl_c2f.report.read import Json, RunData, read_runs
+from ssl_c2f.report.series import AXES, Column, curve, tokens_per_step
 
 _MOST_CLASSES = 60  # more are neither readable on a small screen nor drawn fast
 _ENDS = 20  # of many classes, the highest and the lowest that are shown

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import fcntl
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssl_c2f.core import locks
+from ssl_c2f.core.files import read_json, read_jsonl
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import RunFolder
-from ssl_c2f.report.series import AXES, Log, read_log
+from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
+from ssl_c2f.report.series import Log, read_log
 
 Json = dict[str, Any]
 
@@ -113,12 +113,12 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 
 
 def read_run(path: Path, name: str) -> RunData:
-    folder, plan = RunFolder(path), read_json(path / "plan.json")
+    folder, plan = RunFolder(path), read_json(RunFolder(path).plan)
     log = read_log(folder.metrics)
     return RunData(
         name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
-        provenance=read_json(folder.provenance), config=_text(folder.config), lock=_lock(path / "lock"),
-        bad_files=len(_text(folder.bad_files).splitlines()),
+        provenance=read_json(folder.provenance), config=_text(folder.config), lock=locks.state(folder.lock_file),
+        bad_files=len(read_jsonl(folder.bad_files)),
         tuned=_by_folder(path, "finetune/*/scores.json"), evaluated=_by_folder(path, "evaluation/*/scores.json"),
         probes=_by_folder(path, "probe/*/probe.json"),
     )
@@ -131,38 +131,27 @@ def _by_folder(path: Path, pattern: str) -> dict[str, Json]:
 def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
     """In the order of the plan; what it does not name comes behind."""
     plans = {str(p["name"]): p for p in plan.get("phases", []) if isinstance(p, dict) and "name" in p}
-    folders: dict[str, Path] = {}
-    for folder in sorted(path.glob("phases/*-*"), key=lambda f: (len(f.name.partition("-")[0]), f.name)):
-        folders[folder.name.partition("-")[2]] = folder
+    folders = {phase.name: phase for phase in RunFolder(path).phases()}
     names = dict.fromkeys([*plans, *folders, *log.phases])
     return tuple(_phase(name, folders.get(name), plans.get(name, {})) for name in names)
 
 
-def _phase(name: str, folder: Path | None, plan: Json) -> PhaseData:
+def _phase(name: str, folder: PhaseFolder | None, plan: Json) -> PhaseData:
     if folder is None:
         return PhaseData(name, plan)
-    done = read_json(folder / "done") or ({"step": None} if (folder / "done").exists() else {})
-    pictures = read_json(folder / "pictures" / "pictures.json")
+    done = read_json(folder.done) or ({"step": None} if folder.is_done() else {})
+    pictures = read_json(folder.pictures / "pictures.json")
     clips = []
     for entry in pictures.get("clips", []):
-        images = {view: _picture(folder, file, "image/png") for view, file in entry["pictures"].items()}
-        sound = _picture(folder, entry["sound"], "audio/mpeg") if entry.get("sound") else None
+        images = {view: _picture(folder.pictures, file, "image/png") for view, file in entry["pictures"].items()}
+        sound = _picture(folder.pictures, entry["sound"], "audio/mpeg") if entry.get("sound") else None
         clips.append(Clip(entry["clip"], {view: image for view, image in images.items() if image}, sound))
-    return PhaseData(name, plan, done, read_json(folder / "transfer.json"), pictures, tuple(clips))
+    return PhaseData(name, plan, done, read_json(folder.transfer), pictures, tuple(clips))
 
 
 def _picture(folder: Path, file: str, kind: str) -> str | None:
     """A file of the phase's pictures; a run from elsewhere may name others, which are nobody else's to see."""
-    return _data_uri(folder / "pictures" / Path(file).name, kind)
-
-
-def read_json(file: Path) -> Json:
-    """{} if it is missing, half-written or something else than an object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return _data_uri(folder / Path(file).name, kind)
 
 
 def _text(file: Path) -> str:
@@ -177,19 +166,3 @@ def _data_uri(file: Path, kind: str) -> str | None:
         return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
     except OSError:
         return None
-
-
-def _lock(file: Path) -> str:
-    """Whether a process holds the run, or one died holding it."""
-    try:
-        with open(file, encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return "held"
-            return "dead" if stream.read().strip() else ""
-    except OSError:
-        return ""
-
-
-__all__ = ["AXES", "Clip", "PhaseData", "RunData", "read_json", "read_runs"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ssl_c2f.core.run_folder import command_line
+from ssl_c2f.core.options import flatten
+from ssl_c2f.core.provenance import command_line
 from ssl_c2f.report.read import Clip, Json, PhaseData, RunData
 
 Cell = object  # text, or (text to show, number to sort by)
@@ -288,7 +289,7 @@ def config_section(runs: Sequence[RunData]) -> str:
 
 
 def _differences(runs: Sequence[RunData]) -> str:
-    flat = [_flatten(run.config) for run in runs]
+    flat = [_leaves(run.config) for run in runs]
     keys = [key for key in dict.fromkeys(k for f in flat for k in f) if len({f.get(key, "-") for f in flat}) > 1]
     if not keys:
         return "<p>The runs have the same options.</p>"
@@ -296,20 +297,13 @@ def _differences(runs: Sequence[RunData]) -> str:
     return table(("option", *(r.name for r in runs)), rows, "Options that differ")
 
 
-def _flatten(text: str) -> dict[str, str]:
+def _leaves(text: str) -> dict[str, str]:
+    """The dotted keys and values of a config."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:
         return {}
-    leaves: dict[str, str] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-        if items is None:
-            leaves[prefix] = "none" if node is None else json.dumps(node) if isinstance(node, bool) else str(node)
-            return
-        for key, value in items:
-            walk(value, f"{prefix}.{key}" if prefix else str(key))
-
-    walk(tree, "")
-    return leaves
+    return {
+        key: "none" if value is None else json.dumps(value) if isinstance(value, bool) else str(value)
+        for key, value in flatten(tree)
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ssl_c2f import track
+from ssl_c2f.core.files import read_jsonl
+
 Column = npt.NDArray[np.float64]
 
-AXES = ("flops", "samples", "train_seconds")
+AXES = track.AXES[:3]  # tokens tell little that FLOPs do not
 POINTS = 500  # of a curve: no screen shows more
 
 
@@ -61,20 +63,8 @@ def _is_number(value: object) -> bool:
 
 def read_log(file: Path) -> Log:
     """Read what is readable; a file that is not there is an empty log."""
-    records, broken = [], 0
-    if not file.exists():
-        return Log([])
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                records.append(record)
-            else:
-                broken += 1
-    return Log(records, broken)
+    records = read_jsonl(file)
+    return Log(records, len(file.read_bytes().splitlines()) - len(records) if file.exists() else 0)
 
 
 def tokens_per_step(log: Log) -> Column:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssl_c2f.core.files import read_jsonl
 from ssl_c2f.core.progress import table
 from ssl_c2f.core.run_folder import RunFolder
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a half-written last line is left out."""
-    file = RunFolder(run).metrics
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def last_of_phases(records: list[dict[str, Any]]) -> Mapping[str, dict[str, Any]]:
@@ -33,7 +21,7 @@ def last_of_phases(records: list[dict[str, Any]]) -> Mapping[str, dict[str, Any]
 
 def print_summary(run: Path) -> None:
     """A line for each phase, and the paths of what was made."""
-    phases = last_of_phases(read_metrics(run))
+    phases = last_of_phases(read_jsonl(RunFolder(run).metrics))
     scores = sorted({key for values in phases.values() for key in values if key.startswith("val/")})
     columns = ("phase", "steps", "clips", "PFLOPs", "time", "loss", *scores)
     rows = [
@@ -44,9 +32,9 @@ def print_summary(run: Path) -> None:
     table(f"{run} (totals from the start)", columns, rows)
     bad = RunFolder(run).bad_files
     if bad.exists():
-        print(f"{len(bad.read_text().splitlines())} unreadable files were skipped: {bad}")
-    newest = [sorted(folder.glob("checkpoints/step-*"))[-1:] for folder in sorted((run / "phases").glob("*-*"))]
-    for made in [RunFolder(run).metrics, *(path for paths in newest for path in paths)]:
+        print(f"{len(read_jsonl(bad))} unreadable files were skipped: {bad}")
+    newest = [found for phase in RunFolder(run).phases() if (found := phase.newest())]
+    for made in [RunFolder(run).metrics, *newest]:
         print(made)
 
 

@@ -6,7 +6,6 @@ It shows W&B runs of its server; tables come from the run folders. Its address i
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssl_c2f.core.files import one_line, read_json, write_json
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import RunFolder, command_line, write_text
+from ssl_c2f.core.provenance import command_line
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.report import sections
-from ssl_c2f.report.read import Json, RunData, read_json, read_runs
+from ssl_c2f.report.read import Json, RunData, read_runs
 from ssl_c2f.track.wandb_run import read_facts
 
 KEPT = "wandb_report.json"
@@ -59,8 +60,7 @@ def write_report(paths: Sequence[Path]) -> str:
         report.width, report.blocks = "fixed", _blocks(wr, runs, entity)
         report.save()
     except Exception as error:  # wandb's errors have no common base that says which are the server's
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"W&B's server did not take the report: {reason}") from None
+        raise UserError(f"W&B's server did not take the report: {one_line(error)}") from None
     _keep(paths, report)
     return str(report.url)
 
@@ -104,7 +104,7 @@ def _open(wr: Any, paths: Sequence[Path], entity: str, project: str) -> Any:
 def _keep(paths: Sequence[Path], report: Any) -> None:
     """Beside those of other sets of runs that begin with the same one."""
     kept = read_json(paths[0] / KEPT) | {_about(paths): {"id": report.id, "url": report.url}}
-    write_text(paths[0] / KEPT, json.dumps(kept, indent=1) + "\n")
+    write_json(paths[0] / KEPT, kept)
 
 
 def _about(paths: Sequence[Path]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ssl_c2f.core.files import one_line
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models.published import AUDIOSET
@@ -62,8 +63,7 @@ def _from_hub(name: str) -> AudioModel:
     except UserError:
         raise
     except Exception as error:  # whatever a hub and a network can come up with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no path {name!r}, and not found on the Hub ({reason[:120]})") from None
+        raise UserError(f"no path {name!r}, and not found on the Hub ({one_line(error)[:120]})") from None
     return model
 
 

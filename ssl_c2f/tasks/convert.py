@@ -8,14 +8,13 @@ OUT/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from ssl_c2f.core import checkpoint
+from ssl_c2f.core.files import write_json, write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import write_text
 from ssl_c2f.train.weights import ImportOptions, Weights, import_published
 
 _LINKS = {
@@ -37,7 +36,7 @@ def convert(path: Path, out: Path, options: ImportOptions) -> Path:
     for line in weights.notes:
         print(line)
     checkpoint.save(out / "checkpoints", 0, {"model": weights.state}, state_of(weights), None, keep=1)
-    write_text(out / "transfer.json", json.dumps({"from": weights.origin, **report.to_dict()}, indent=1) + "\n")
+    write_json(out / "transfer.json", {"from": weights.origin, **report.to_dict()})
     write_text(out / "NOTICE", notice(weights.source))
     print(out)
     return out

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.core.run_folder import write_text
 from ssl_c2f.curriculum.geometry import AudioOptions
 from ssl_c2f.curriculum.phases import PhaseOptions
 from ssl_c2f.data.augment import AugmentOptions
@@ -26,7 +26,7 @@ from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.report import write_page
 from ssl_c2f.tasks.finetune import FinetuneOptions, finetune
 from ssl_c2f.tasks.probe import ProbeOptions, print_probe, probe
-from ssl_c2f.track.tracker import TrackingOptions
+from ssl_c2f.track.wandb_run import TrackingOptions
 from ssl_c2f.train import engine
 from ssl_c2f.train.optim import OptimOptions
 from ssl_c2f.train.recipe import EvaluationOptions, RunOptions, TrainOptions

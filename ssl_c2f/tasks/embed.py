@@ -14,8 +14,8 @@ import numpy as np
 import safetensors.numpy
 from pydantic import Field
 
+from ssl_c2f.core.files import write_bytes, write_csv
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import write_bytes, write_csv
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.tasks.inference import RecordingOptions, in_folds, open_corpus, open_model, run_windows, tell_bad

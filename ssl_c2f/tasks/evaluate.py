@@ -10,7 +10,6 @@ Legend: n clips, C classes.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,10 @@ import yaml
 from pydantic import Field
 from torch import Tensor
 
+from ssl_c2f.core.files import read_json, write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.core.run_folder import write_csv, write_text
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.data.dataset import DataOptions, open_manifest, split
 from ssl_c2f.data.manifest import Manifest, fingerprint
 from ssl_c2f.objectives.supervised import Supervised
@@ -105,14 +105,14 @@ def data_name(data: DataOptions) -> str:
 
 def seen_in_training(weights: Weights, manifest: Manifest, clips: Sequence[int]) -> int:
     """How many of the clips the checkpoint's run was trained on; 0 where it was trained on another set."""
-    run = run_of(weights)
+    run = RunFolder(run_of(weights))
+    facts = read_json(run.recordings)
     try:
-        facts = json.loads((run / "recordings.json").read_text())
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load(run.config.read_text())
         data = DataOptions.model_validate(config["data"], strict=False)
     except (OSError, ValueError, KeyError, TypeError):  # a checkpoint without its run
         return 0
-    if facts["fingerprint"] != fingerprint(manifest):
+    if facts.get("fingerprint") != fingerprint(manifest):
         return 0
     return len(set(split(manifest, data)[0]) & set(clips))
 
@@ -159,7 +159,7 @@ def write_scores(
         UserError: the folder cannot be written.
     """
     result: dict[str, Any] = finite(summarise(scores, labels, classes) | dict(extra or {}))
-    write_text(folder / "scores.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "scores.json", result)
     several = "accuracy" not in result
     write_csv(
         folder / "predictions.csv", ["path", "label", "predicted", *(f"score_{name}" for name in classes)],

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_c2f.core.files import write_bytes, write_json, write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import write_bytes, write_text
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models.heads import read_out
@@ -94,7 +94,7 @@ def _to_safetensors(weights: Weights, out: Path) -> None:
     tensors = {name: tensor.contiguous().clone() for name, tensor in encoder.state_dict().items()}
     tensors["positions"] = encoder.positions.detach().contiguous().clone()  # also those that are made anew
     write_bytes(out / "encoder.safetensors", safetensors.torch.save(tensors))
-    write_text(out / "encoder.json", json.dumps(_facts(weights, options, geometry, statistics), indent=1) + "\n")
+    write_json(out / "encoder.json", _facts(weights, options, geometry, statistics))
 
 
 def _to_hf(weights: Weights, out: Path) -> None:
@@ -233,4 +233,4 @@ def _to_onnx(weights: Weights, out: Path) -> None:
         "input": f"log_mel (B, T, F): natural log-mel filterbank as Kaldi computes it, not normalised; "
         f"T from {geometry.patch_t} to {frames}",
     }
-    write_text(out / "model.json", json.dumps(facts, indent=1) + "\n")
+    write_json(out / "model.json", facts)

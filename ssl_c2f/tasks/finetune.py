@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_c2f.core import distributed
+from ssl_c2f.core.files import read_json
 from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import split
@@ -63,14 +64,14 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     factor = weights.factor
     if options.statistics == "measure":
         weights = replace(weights, statistics={})
-    folder = Path(options.run_dir) if options.run_dir else run_of(weights) / "finetune" / options.name
+    folder = Path(options.run_dir) if options.run_dir else RunFolder(run_of(weights)).finetuning(options.name).path
     check_origin(folder, weights.origin)
     everything = Corpus.open(
         options.data, options.seed, folder, main=distributed.init(options.train.device).is_main
     )
     scored: dict[int | None, tuple[Tensor, Tensor]] = {}
     for fold in _folds(options, everything):
-        path = folder if fold is None else folder / f"fold-{fold}"
+        path = folder if fold is None else RunFolder(folder).fold(fold).path
         data = options.data.model_copy(update={"val_folds": () if fold is None else (fold,)})
         part = options.model_copy(update={"data": data})
         training, held_out = split(everything.manifest, data)
@@ -96,18 +97,19 @@ def check_origin(folder: Path, origin: str) -> None:
     Raises:
         UserError: naming both.
     """
-    for file in sorted(folder.glob("**/phases/0-*/transfer.json")):
-        before = json.loads(file.read_text())["from"]
-        if _within_run(before) != _within_run(origin):
+    run = RunFolder(folder)
+    for phase in (phase for part in (run, *run.folds()) for phase in part.phases()[:1]):
+        before = read_json(phase.transfer).get("from", origin)
+        if _within_run(Path(before)) != _within_run(Path(origin)):
             raise UserError(
                 f"{folder} was fine-tuned from {before}, and this is {origin}: choose another name=, or delete it"
             )
 
 
-def _within_run(origin: str) -> str:
+def _within_run(origin: Path) -> Path:
     """Where a checkpoint is in its run, which may have been moved since."""
-    _, phases, place = origin.rpartition("/phases/")
-    return place if phases else Path(origin).name
+    run = RunFolder.of(origin)
+    return origin.relative_to(run.path if run else origin.parent)
 
 
 def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:

@@ -8,7 +8,6 @@ Legend: B batch, S samples, N tokens, D width, C classes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
+from ssl_c2f.core.files import write_bytes, write_json, write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import write_bytes, write_text
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.objectives.supervised import Supervised
@@ -81,7 +80,7 @@ class AudioModel(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.objective.state_dict().items()}
         write_bytes(save_directory / _FILES[0], safetensors.torch.save(tensors))
         weights = replace(self.weights, state=tensors, geometry=self.geometry)
-        write_text(save_directory / _FILES[1], json.dumps(state_of(weights), indent=1) + "\n")
+        write_json(save_directory / _FILES[1], state_of(weights))
         if weights.source:
             write_text(save_directory / "NOTICE", notice(weights.source))
 

@@ -5,7 +5,6 @@ Legend: C classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,9 +12,9 @@ from pathlib import Path
 
 from pydantic import Field
 
+from ssl_c2f.core.files import write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.core.run_folder import write_csv, write_text
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.decode import AudioError, read_header
 from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest
@@ -128,7 +127,7 @@ def _predictions(model: Model, manifest: Manifest, data: DataOptions, timeline: 
 def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
     """All scores as .csv (path, start_seconds, end_seconds, predicted, score_CLASS ...) or .json (objects)."""
     if file.suffix == ".json":
-        write_text(file, json.dumps([asdict(row) for row in predictions], indent=1) + "\n")
+        write_json(file, [asdict(row) for row in predictions])
         return
     scores = [f"score_{name}" for name in predictions[0].scores]
     write_csv(file, ["path", "start_seconds", "end_seconds", "predicted", *scores], (

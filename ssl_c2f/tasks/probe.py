@@ -5,7 +5,6 @@ Legend: B batch, T frames, F mel bins, n clips, m queries, D features, C classes
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ssl_c2f.core import draws
+from ssl_c2f.core.files import write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import Count, table
-from ssl_c2f.core.run_folder import write_text
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.data.front_end import Batch
@@ -80,7 +79,7 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
         "classes": list(corpus.manifest.classes), "split": split, "rows": rows, "bad_files": bad,
     })
     folder = Path(options.out) if options.out else run_of(model.weights) / "probe" / data_name(options.data)
-    write_text(folder / "probe.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "probe.json", result)
     print_probe(result)
     publish.show_scores(model.weights.origin, folder, "probe", result)
     print(folder)

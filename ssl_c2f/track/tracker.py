@@ -10,18 +10,17 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ssl_c2f.core.files import read_jsonl
 from ssl_c2f.core.options import UserError
-from ssl_c2f.track.wandb_run import AXES, Call, Identity, TrackingOptions, WandbRun
+from ssl_c2f.track.wandb_run import Call, Identity, TrackingOptions, WandbRun
 
 if TYPE_CHECKING:
     from wandb import Run
-
-__all__ = ["AXES", "Identity", "Tracker", "TrackingOptions", "cut_back"]
 
 
 class Tracker:
@@ -93,7 +92,7 @@ class Tracker:
         self.wandb.finish(exit_code)
 
     def _replay(self, run: Run) -> None:
-        for record in read_records(self.path):
+        for record in read_jsonl(self.path):
             if record.get("phase") == self.phase:
                 _send(run, _as_logged(record))
 
@@ -109,14 +108,6 @@ def _send(run: Run, record: Mapping[str, Any]) -> None:
 def is_validation(record: Mapping[str, Any]) -> bool:
     """Whether it tells of held-out clips rather than of training."""
     return any(name.startswith("val/") for name in record)
-
-
-def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """What the lines of a metrics.jsonl say."""
-    with open(file, encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
 
 
 def _as_logged(record: Mapping[str, Any]) -> dict[str, Any]:

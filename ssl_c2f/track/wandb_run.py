@@ -9,7 +9,6 @@ uploads.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -22,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from ssl_c2f.core.files import one_line, read_json, write_json, write_text
 from ssl_c2f.core.options import Options
-from ssl_c2f.core.run_folder import write_text
+from ssl_c2f.track import AXES
 
 if TYPE_CHECKING:
     from wandb import Run
 
-AXES = ("samples", "tokens", "flops", "train_seconds")  # what metrics are drawn against: the first unless one chooses
 FACTS = "wandb.json"  # beside the id: where the run is
 _SILENT = "its server did not answer"
 _AGAIN = 600.0  # seconds after which a server that did not answer is asked again
@@ -131,7 +130,7 @@ class WandbRun:
             except TimeoutError:
                 lost = _SILENT
             except Exception as error:  # its own process died, perhaps of the signal that ends this one
-                lost = _reason(error)
+                lost = one_line(error)
         if lost == _SILENT:
             _failed.append(time.monotonic())
         if lost:
@@ -167,7 +166,7 @@ class WandbRun:
             if mode == "offline":
                 raise
             _failed.append(time.monotonic())
-            self._note_offline(_reason(error))
+            self._note_offline(one_line(error))
             wandb.teardown()  # its service holds on to the id of the run that failed
             return _init(self.options, self.identity, "offline")
 
@@ -177,7 +176,7 @@ class WandbRun:
 
     def _tell(self, error: Exception) -> None:
         if not self._told:
-            self.note(f"W&B failed ({_reason(error)}); the run goes on, and its folder has every record")
+            self.note(f"W&B failed ({one_line(error)}); the run goes on, and its folder has every record")
         self._told = True
 
 
@@ -205,23 +204,20 @@ def _init(options: TrackingOptions, identity: Identity, mode: Any) -> Run:
     )
     for axis in AXES:
         run.define_metric(axis, hidden=True)
-    run.define_metric("*", step_metric=AXES[0])
+    run.define_metric("*", step_metric="samples")
     facts = {
         "id": run_id, "entity": run.entity or options.entity, "project": options.project,
         "url": None if run.offline else run.url, "group": identity.group, "job_type": identity.job_type,
         "offline": run.offline,
     }
-    write_text(identity.id_file.with_name(FACTS), json.dumps(facts, indent=1) + "\n")
+    write_json(identity.id_file.with_name(FACTS), facts)
     return run
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """Where the W&B run of a phase or result is (id, entity, project, url, group, offline); {} if it has none."""
-    try:
-        facts = json.loads((folder / FACTS).read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) and facts.get("id") else {}
+    facts = read_json(folder / FACTS)
+    return facts if facts.get("id") else {}
 
 
 def _automatic_mode() -> str:
@@ -258,7 +254,3 @@ def _run_id(file: Path) -> str:
     if not file.exists() or not file.read_text().strip():
         write_text(file, secrets.token_hex(4) + "\n")
     return file.read_text().strip()
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -6,7 +6,6 @@ Everything that is random is drawn from (seed, clip, step), so a checkpoint hold
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_c2f.core import checkpoint, distributed, draws
+from ssl_c2f.core import distributed, draws
 from ssl_c2f.core import options as option_files
+from ssl_c2f.core.files import read_json, write_json, write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import Progress
-from ssl_c2f.core.run_folder import RunFolder, write_text
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Abandoned, Interrupted, Stop
 from ssl_c2f.curriculum.phases import Phase, Place, learning_rate
 from ssl_c2f.data.corpus import Corpus
@@ -98,7 +98,7 @@ def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], fro
 def _last_checkpoint(run: Run, phase: Phase) -> Path | None:
     """The newest of the phase or of those before it. Skipped steps change no weights, so it holds finite ones."""
     so_far = reversed(run.curriculum.phases[: phase.index + 1])
-    return next(filter(None, (checkpoint.newest(run.phase_folder(p).checkpoints) for p in so_far)), None)
+    return next(filter(None, (run.phase_folder(p).newest() for p in so_far)), None)
 
 
 def _next(loader: Iterator[Items]) -> Items:
@@ -307,10 +307,10 @@ def open_run(
     curriculum = options.curriculum(len(corpus.training), corpus.num_classes)
     if dist.is_main:
         RunFolder.create(path, text)
-        _check_recordings(path / "recordings.json", corpus)
+        _check_recordings(folder, corpus)
         write_text(folder.config, text)  # with what may change
         plan = make_plan(options, len(corpus.training), corpus.num_classes)
-        write_text(folder.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
+        write_json(folder.plan, plan.to_dict())
         for geometry in {*options.geometries, options.fine_geometry}:
             corpus.statistics(geometry)
     dist.barrier()
@@ -339,17 +339,17 @@ def _check_labels(options: RunOptions, corpus: Corpus) -> None:
         raise UserError(f"{several[0]} has several labels: set objective.labels=multi")
 
 
-def _check_recordings(file: Path, corpus: Corpus) -> None:
+def _check_recordings(folder: RunFolder, corpus: Corpus) -> None:
     """Refuse to resume on other recordings: the order of samples, and so the run, would be another."""
     facts = {
         "fingerprint": fingerprint(corpus.manifest), "clips": len(corpus.manifest.clips),
         "training": len(corpus.training), "held_out": len(corpus.held_out), "classes": list(corpus.manifest.classes),
     }
-    if not file.exists():
-        write_text(file, json.dumps(facts, indent=1) + "\n")
-    elif (before := json.loads(file.read_text())) != facts:
+    if not folder.recordings.exists():
+        write_json(folder.recordings, facts)
+    elif (before := read_json(folder.recordings)) != facts:
         raise UserError(
-            f"the recordings changed since {file.parent} was begun ({before['clips']} clips then, {facts['clips']} "
+            f"the recordings changed since {folder.path} was begun ({before.get('clips')} clips then, {facts['clips']} "
             "now): use another run_dir"
         )
 

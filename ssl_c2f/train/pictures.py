@@ -6,7 +6,6 @@ Legend: B batch, T frames, F mel bins. In the images time runs to the right, fre
 from __future__ import annotations
 
 import io
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_c2f.core.files import write_bytes, write_json
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import write_bytes, write_text
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import spread
@@ -135,7 +134,7 @@ def save_pictures(
         "patch": [geometry.patch_f, geometry.patch_t], "mask_ratio": masking.ratio if masking else None,
         "mask_shape": masking.shape if masking else None, "clips": found,
     }
-    write_text(folder / "pictures.json", json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "pictures.json", facts)
     return files
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ssl_c2f.core import checkpoint
-from ssl_c2f.core.run_folder import RunFolder
+from ssl_c2f.core.files import read_json
+from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.curriculum.phases import Phase
 from ssl_c2f.track.tracker import Tracker
 from ssl_c2f.track.wandb_run import Identity, TrackingOptions, WandbRun, read_facts
 from ssl_c2f.train.state import Run
+from ssl_c2f.train.weights import results_folder
 
 if TYPE_CHECKING:
     from wandb import Run as LiveRun
@@ -36,13 +37,11 @@ def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object
     folder, options = run.phase_folder(phase), run.options.tracking
     config = run.options.model_dump(mode="json") | {
         "phase": phase.name, "geometry": run.options.geometries[phase.index].to_dict(),
-        "plan": _read(run.folder.plan), "source": source_of(run, phase),
+        "plan": read_json(run.folder.plan), "source": source_of(run, phase),
     }
-    parts = run.folder.path.parts
-    label = "/".join(parts[parts.index("finetune") + 1 :] if "finetune" in parts else parts[-1:])
     identity = Identity(
         run.folder.path, folder.wandb_id, options.name or run.group, f"{run.kind}/{phase.name}",
-        label if run.kind == "finetune" else "", config,
+        run.folder.label if run.kind == "finetune" else "", config,
     )
     return Tracker(options, identity, phase=phase.name, resume_step=step, note=note)
 
@@ -50,14 +49,14 @@ def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object
 def source_of(run: Run, phase: Phase) -> dict[str, Any]:
     """What the phase starts from: the checkpoint's folder, and the artifact that holds it; {} if from scratch."""
     if phase.index > 0:
-        newest = checkpoint.newest(run.phase_folder(run.curriculum.phases[phase.index - 1]).checkpoints)
+        newest = run.phase_folder(run.curriculum.phases[phase.index - 1]).newest()
         return source(newest) if newest else {}
     return source(Path(run.initial.origin)) if run.initial else {}
 
 
 def source(folder: Path) -> dict[str, Any]:
     """A checkpoint's folder, and the artifact that holds it where it was tracked."""
-    facts = read_facts(folder.parent.parent)
+    facts = _facts_of(folder)
     return {"checkpoint": str(folder)} | ({"artifact": artifact_name(facts["id"]), **facts} if facts else {})
 
 
@@ -67,18 +66,24 @@ def artifact_name(run_id: str) -> str:
 
 def group_of(ckpt: str) -> str:
     """The W&B group that what is done with a checkpoint belongs to: its run's."""
-    folder = Path(ckpt).resolve().parents
-    return str(read_facts(folder[1]).get("group") or (folder[3].name if len(folder) > 3 else folder[0].name))
+    origin = Path(ckpt).resolve()
+    return str(_facts_of(origin).get("group") or results_folder(origin).name)
+
+
+def _facts_of(checkpoint: Path) -> dict[str, Any]:
+    """What W&B knows of the phase that a checkpoint lies in."""
+    phase = PhaseFolder.of(checkpoint)
+    return read_facts(phase.path) if phase else {}
 
 
 def show_phase(tracker: Tracker, run: Run, phase: Phase) -> None:
     """Give W&B what a phase has to show at its end."""
     folder, kind = run.phase_folder(phase), run.options.tracking.artifacts
-    if pictures := _read(folder.pictures / "pictures.json"):  # they join the row of the last record
+    if pictures := read_json(folder.pictures / "pictures.json"):  # they join the row of the last record
         tracker.publish(lambda live: live.log(_pictures(folder.pictures, pictures), commit=False))
-    plan, transfer, axes = _read(run.folder.plan), _read(folder.transfer), run.counters(phase.last_step)
+    plan, transfer, axes = read_json(run.folder.plan), read_json(folder.transfer), run.counters(phase.last_step)
     tracker.publish(lambda live: live.log(_tables(plan, transfer) | axes))
-    newest = checkpoint.newest(folder.checkpoints)
+    newest = folder.newest()
     if newest and kind != "none":
         facts: dict[str, Any] = {
             "phase": phase.name, "step": run.curriculum.phases[phase.index].last_step,
@@ -176,10 +181,11 @@ def show_scores(
 
 def _tracking_of(origin: Path) -> TrackingOptions | None:
     """The options of the run that a checkpoint lies in; None if it is in none."""
+    run = RunFolder.of(origin)
     try:
-        config = yaml.safe_load(RunFolder(origin.parents[3]).config.read_text())
+        config = yaml.safe_load(run.config.read_text()) if run else {}
         return TrackingOptions.model_validate(config["tracking"], strict=False)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -220,8 +226,3 @@ def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
 
 def _cell(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else json.dumps(value)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """{} if it is not there."""
-    return json.loads(file.read_text()) if file.exists() else {}

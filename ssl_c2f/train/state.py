@@ -6,7 +6,6 @@ the run was given, else from scratch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_c2f.core import checkpoint, distributed, draws
+from ssl_c2f.core.files import write_json
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import PhaseFolder, RunFolder, write_text
+from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
@@ -50,7 +50,7 @@ class Run:
     def newest(self, phase: Phase) -> Path | None:
         """A phase's newest checkpoint as the main process sees it: others may look at an older listing of a network's
         file system. Every process must ask."""
-        found: Path | None = self.dist.broadcast_object(checkpoint.newest(self.phase_folder(phase).checkpoints))
+        found: Path | None = self.dist.broadcast_object(self.phase_folder(phase).newest())
         return found
 
     def costs(self, index: int) -> tuple[int, float]:
@@ -160,7 +160,7 @@ def _report(run: Run, folder: PhaseFolder, report: TransferReport, origin: str, 
     if run.dist.is_main:
         for line in report.lines():
             note(line)
-        write_text(folder.transfer, json.dumps({"from": origin, **report.to_dict()}, indent=1) + "\n")
+        write_json(folder.transfer, {"from": origin, **report.to_dict()})
 
 
 def save(run: Run, phase: Phase, t: Training) -> None:

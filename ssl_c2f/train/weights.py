@@ -15,7 +15,9 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from ssl_c2f.core import checkpoint
+from ssl_c2f.core.files import one_line
 from ssl_c2f.core.options import Options, UserError
+from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.curriculum.transfer import Moved, TransferReport
 from ssl_c2f.data.front_end import Statistics
@@ -58,13 +60,11 @@ def find_checkpoint(path: Path) -> Path:
         return path.parent
     if (path / "state.json").exists():
         return path
-    phases = sorted((path / "phases").glob("*-*"), key=lambda p: int(p.name.partition("-")[0]))
-    for folder in [path, *reversed(phases)]:
-        if found := checkpoint.newest(folder / "checkpoints"):
-            return found
+    if found := PhaseFolder(path).newest() or RunFolder(path).newest():
+        return found
     if not path.exists():
         raise UserError(f"--ckpt {path}: no such file or folder")
-    folds = sorted(folder.name for folder in path.glob("fold-*"))
+    folds = [fold.path.name for fold in RunFolder(path).folds()]
     hint = f"; choose one of its folds: {', '.join(folds)}" if folds else " yet"
     raise UserError(f"--ckpt {path}: no checkpoint in it{hint}")
 
@@ -83,10 +83,8 @@ def results_folder(origin: Path) -> Path:
     FOLDER/checkpoints/step-00000000 (what `convert` writes), and runs/NAME of a published file NAME.pth."""
     if origin.is_file():
         return Path("runs") / (origin.parent.name if origin.stem in ("model", "pytorch_model") else origin.stem)
-    parents = origin.parents
-    if len(parents) > 3 and parents[2].name == "phases":
-        return parents[3]
-    return parents[1] if origin.parent.name == "checkpoints" else origin
+    inside = RunFolder.of(origin) or PhaseFolder.of(origin)
+    return inside.path if inside else origin
 
 
 def load_weights(path: Path, which: Which = "auto") -> Weights:
@@ -136,9 +134,9 @@ def _from_timm(name: str) -> Weights:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever a hub and a network can come up with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"init={name}: its weights cannot be fetched ({reason[:120]}); without a network give a file, init=FILE"
+            f"init={name}: its weights cannot be fetched ({one_line(error)[:120]}); without a network give "
+            "a file, init=FILE"
         ) from None
     heads: list[Any] = [module.num_heads for module in model.modules() if hasattr(module, "num_heads")]
     options = ImportOptions(heads=heads[0] if heads else None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssl_c2f.core import checkpoint
 from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import newest_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -76,16 +77,16 @@ def test_the_newest_are_kept(tmp_path_factory: pytest.TempPathFactory, steps: li
     folder = tmp_path_factory.mktemp("c")
     for step in sorted(steps):
         path = checkpoint.save(folder, step, {"model": {}}, {"step": step}, None, keep)
-        assert checkpoint.newest(folder) == path
+        assert newest_in(folder) == path
     assert {checkpoint.load(path).state["step"] for path in folder.iterdir()} == set(sorted(steps)[-keep:])
 
 
 def test_leftovers_are_ignored_and_then_removed(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is checkpoint.newest(tmp_path / "missing") is None
+    assert newest_in(tmp_path) is newest_in(tmp_path / "missing") is None
     (tmp_path / ".tmp-step-00000009").mkdir()
     (tmp_path / ".tmp-step-00000009" / "state.json").write_text("{")
     (tmp_path / "step-old").mkdir()  # somebody's own
-    assert checkpoint.newest(tmp_path) is None
+    assert newest_in(tmp_path) is None
     path = checkpoint.save(tmp_path, 9, {"model": {}}, {}, None, keep=1)
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "step-old"]
 
@@ -129,4 +130,4 @@ def test_read_only_folder(mount: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
     with pytest.raises(UserError, match="Read-only file system"):
         checkpoint.save(mount, 2, {"model": {}}, {}, None, keep=1)
-    assert checkpoint.newest(mount) == old
+    assert newest_in(mount) == old

@@ -19,8 +19,10 @@ from disks import mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import RunFolder, command_line, provenance, redact, write_text
+from ssl_c2f.core.provenance import command_line, provenance, redact
+from ssl_c2f.core.run_folder import RunFolder
 
 HOLDER = """
 import os, signal, sys

@@ -18,7 +18,7 @@ from launcher import CONFIG, LAUNCH, launch, program
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import provenance
+from ssl_c2f.core.provenance import provenance
 from ssl_c2f.core.signals import Interrupted, Stop
 from ssl_c2f.launch import cluster
 from ssl_c2f.launch import commands as launching
