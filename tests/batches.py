@@ -13,10 +13,10 @@ from torch import Tensor
 from ssl_c2f.core import draws
 from ssl_c2f.curriculum.geometry import AudioOptions, Geometry, make_geometry
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Masking, Statistics
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 
 AUDIO = AudioOptions(num_mels=16, clip_seconds=0.5)
-MODEL = EncoderOptions(width=16, depth=2, heads=2)
+MODEL = ViTOptions(width=16, depth=2, heads=2)
 GEOMETRY = make_geometry(AUDIO, "frame_shift", (8, 4), 2)
 FULL = AUDIO.clip_seconds * AUDIO.sample_rate
 MASKING = Masking("uniform", 0.6, (2, 3))

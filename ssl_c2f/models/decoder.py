@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.models.vit import EncoderOptions, attention_mask, blocks, initialise, position_table
+from ssl_c2f.models.vit import ViTOptions, attention_mask, blocks, initialise, position_table
 
 
 def fill_gaps(tokens: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class Decoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, encoder: EncoderOptions, width: int, depth: int, heads: int, geometry: Geometry) -> None:
+    def __init__(self, encoder: ViTOptions, width: int, depth: int, heads: int, geometry: Geometry) -> None:
         super().__init__()
         self.num_prefix = encoder.class_tokens
         self.embed = nn.Linear(encoder.width, width)
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
 
 
 def decoder_cost(
-    encoder: EncoderOptions, width: int, depth: int, geometry: Geometry, kept: int, passes: float = 3.0
+    encoder: ViTOptions, width: int, depth: int, geometry: Geometry, kept: int, passes: float = 3.0
 ) -> list[cost.Part]:
     tokens, prefix = geometry.num_tokens, encoder.class_tokens
     body = cost.linear(kept + prefix, encoder.width, width)

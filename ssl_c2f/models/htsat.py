@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ssl_c2f.core.options import Options
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry, stage_grid
+from ssl_c2f.models.encoder import Encoder
 from ssl_c2f.models.vit import initialise
 
 
@@ -63,6 +64,46 @@ class HTSATOptions(Options):
         """Tokens on a side that become one from the first stage to the last."""
         return int(2 ** (len(self.widths) - 1))
 
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.patch_f, self.patch_t
+
+    @property
+    def fold(self) -> tuple[int, int]:
+        return self.folds, self.merge
+
+    def build(self, geometry: Geometry) -> HTSAT:
+        return HTSAT(self, geometry)
+
+    def costs(self, geometry: Geometry, tokens: int | None = None, passes: float = 3.0) -> list[cost.Part]:
+        """Of the folded grid, padding included; no gradient flows into the spectrogram."""
+        assert tokens is None, "windows need all tokens"
+        height, width = geometry.folded
+        embedding = cost.linear(height * width, geometry.patch_dim, self.widths[0])
+        flops = 0.0
+        for stage, (dim, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+            grid = stage_grid(geometry, stage)
+            area, (windowed, of_window) = grid[0] * grid[1], _windows(grid, self.window)
+            if stage:
+                flops += cost.linear(area, 4 * self.widths[stage - 1], dim)
+            attention = cost.linear(windowed, dim, 4 * dim) + 2 * cost.linear(windowed, dim, of_window)
+            flops += depth * (attention + 2 * cost.linear(area, dim, int(dim * self.mlp_ratio)))
+        return [
+            cost.Part("patch embedding", embedding, min(passes, 2.0)),
+            cost.Part("encoder", flops, passes, geometry.num_tokens),
+        ]
+
+    def activation_bytes(self, geometry: Geometry, tokens: int, bytes_per_value: int = 4) -> float:
+        """Each stage's tokens, and the attention scores, because these windows have no fused attention by default: the
+        softmax's in fp32, and under autocast a copy for the product."""
+        total = 0.0
+        for stage, (dim, depth, heads) in enumerate(zip(self.widths, self.depths, self.heads, strict=True)):
+            grid = stage_grid(geometry, stage)
+            windowed, area = _windows(grid, self.window)
+            total += cost.transformer_bytes(grid[0] * grid[1], dim, depth, self.mlp_ratio, bytes_per_value)
+            total += (4 if bytes_per_value == 4 else 4 + bytes_per_value) * depth * heads * windowed * area
+        return total
+
 
 def fold(cells: Tensor, geometry: Geometry) -> Tensor:
     """(B, N, ...) -> (B, H, W, ...): consecutive stretches of W columns one above the other, zeros behind the last.
@@ -79,7 +120,7 @@ def fold(cells: Tensor, geometry: Geometry) -> Tensor:
     return x.reshape(batch, g.grid_f, g.folds, width, *rest).transpose(1, 2).flatten(1, 2)
 
 
-class HTSAT(nn.Module):
+class HTSAT(Encoder):
     """Patch embedding, folding, stages of Swin blocks with tokens merged 2 x 2 between them, final norm.
 
     **Padding.** What comes after a clip's end, and the columns that fill the last band up, are 0 after normalisation:
@@ -116,7 +157,7 @@ class HTSAT(nn.Module):
         self.norm = nn.LayerNorm(options.width)
         self.apply(initialise)
 
-    def forward(self, patches: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, patches: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """(B, N, P) -> (B, K, D) of the last stage, row by row. `valid` is not used: see the class."""
         x = self.embed_norm(self.patch_embed(fold(patches, self.geometry)))
         for i, block in enumerate(self.blocks):
@@ -152,36 +193,6 @@ def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int
     if not kinds.any():
         return None
     return torch.where(kinds[:, :, None] == kinds[:, None], 0.0, -100.0)
-
-
-def htsat_cost(options: HTSATOptions, geometry: Geometry, passes: float = 3.0) -> list[cost.Part]:
-    """The encoder over the folded grid, padding included; no gradient flows into the spectrogram."""
-    height, width = geometry.folded
-    embedding = cost.linear(height * width, geometry.patch_dim, options.widths[0])
-    flops = 0.0
-    for stage, (dim, depth) in enumerate(zip(options.widths, options.depths, strict=True)):
-        grid = stage_grid(geometry, stage)
-        tokens, (windowed, area) = grid[0] * grid[1], _windows(grid, options.window)
-        if stage:
-            flops += cost.linear(tokens, 4 * options.widths[stage - 1], dim)
-        attention = cost.linear(windowed, dim, 4 * dim) + 2 * cost.linear(windowed, dim, area)
-        flops += depth * (attention + 2 * cost.linear(tokens, dim, int(dim * options.mlp_ratio)))
-    return [
-        cost.Part("patch embedding", embedding, min(passes, 2.0)),
-        cost.Part("encoder", flops, passes, geometry.num_tokens),
-    ]
-
-
-def htsat_bytes(options: HTSATOptions, geometry: Geometry, bytes_per_value: int = 4) -> float:
-    """Activations that the blocks keep of one clip: each stage's tokens, and the attention scores, because these
-    windows have no fused attention by default: the softmax's in fp32, and under autocast a copy for the product."""
-    total = 0.0
-    for stage, (dim, depth, heads) in enumerate(zip(options.widths, options.depths, options.heads, strict=True)):
-        grid = stage_grid(geometry, stage)
-        windowed, area = _windows(grid, options.window)
-        total += cost.transformer_bytes(grid[0] * grid[1], dim, depth, options.mlp_ratio, bytes_per_value)
-        total += (4 if bytes_per_value == 4 else 4 + bytes_per_value) * depth * heads * windowed * area
-    return total
 
 
 def _windows(grid: tuple[int, int], window: int) -> tuple[int, int]:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ssl_c2f.core.options import Options
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.models.encoder import Encoder
 from ssl_c2f.models.patches import sincos_positions
 
 Positions = Literal["sincos", "learned"]
 
 
-class EncoderOptions(Options):
+class ViTOptions(Options):
     """The ViT encoder, and the patch of the fine phase (other phases may set their own)."""
 
     name: Literal["vit"] = "vit"
@@ -37,12 +38,35 @@ class EncoderOptions(Options):
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate at the last block; it rises linearly with depth")
 
     @model_validator(mode="after")
-    def _divisible(self) -> EncoderOptions:
+    def _divisible(self) -> ViTOptions:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is no multiple of 4 (sine-cosine positions need that)")
         return self
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.stride_f or self.patch_f, self.stride_t or self.patch_t
+
+    @property
+    def fold(self) -> tuple[int, int]:
+        return 1, 1
+
+    def build(self, geometry: Geometry) -> ViT:
+        return ViT(self, geometry)
+
+    def costs(self, geometry: Geometry, tokens: int | None = None, passes: float = 3.0) -> list[cost.Part]:
+        """No gradient flows into the spectrogram. Class tokens are not counted among the tokens, but in the cost."""
+        kept = geometry.num_tokens if tokens is None else tokens
+        embedding = cost.linear(kept, geometry.patch_dim, self.width)
+        blocks = cost.transformer(kept + self.class_tokens, self.width, self.depth, self.mlp_ratio)
+        return [
+            cost.Part("patch embedding", embedding, min(passes, 2.0)), cost.Part("encoder", blocks, passes, kept),
+        ]
+
+    def activation_bytes(self, geometry: Geometry, tokens: int, bytes_per_value: int = 4) -> float:
+        return cost.transformer_bytes(tokens, self.width, self.depth, self.mlp_ratio, bytes_per_value)
 
 
 def blocks(width: int, depth: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> nn.ModuleList:
@@ -84,12 +108,12 @@ def position_table(geometry: Geometry, width: int, kind: Positions) -> Tensor:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(geometry.num_tokens, width), std=0.02))
 
 
-class Encoder(nn.Module):
+class ViT(Encoder):
     """Patch embedding, class tokens, positions, blocks, final norm. `num_prefix` tokens come before the patches'."""
 
     positions: Tensor
 
-    def __init__(self, options: EncoderOptions, geometry: Geometry) -> None:
+    def __init__(self, options: ViTOptions, geometry: Geometry) -> None:
         super().__init__()
         self.options, self.width, self.num_prefix = options, options.width, options.class_tokens
         self.patch_embed = nn.Linear(geometry.patch_dim, options.width)
@@ -122,10 +146,6 @@ class Encoder(nn.Module):
         encoded: Tensor = self.norm(x)
         return encoded
 
-    def real(self, valid: Tensor | None) -> Tensor | None:
-        """Which of the tokens that come out, the prefix aside, are not padding: those that went in, (B, K)."""
-        return valid
-
     def layers(self, patches: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """(B, N, P) -> what each block gives, (B, num_prefix + N, D), before the final norm."""
         x, mask, found = self.tokens(patches), attention_mask(valid, self.num_prefix), []
@@ -152,11 +172,3 @@ class Encoder(nn.Module):
         x = x + positions.to(patches.dtype)
         return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
 
-
-def encoder_cost(options: EncoderOptions, geometry: Geometry, kept: int, passes: float = 3.0) -> list[cost.Part]:
-    """The encoder over `kept` tokens and the class tokens; no gradient flows into the spectrogram."""
-    tokens = kept + options.class_tokens
-    return [
-        cost.Part("patch embedding", cost.linear(kept, geometry.patch_dim, options.width), min(passes, 2.0)),
-        cost.Part("encoder", cost.transformer(tokens, options.width, options.depth, options.mlp_ratio), passes, kept),
-    ]

@@ -1,19 +1,20 @@
-"""Objectives: an encoder and its heads, from a batch to a loss. Adding one is a file, and its name in one line here."""
+"""Objectives: an encoder and its heads, from a batch to a loss. Adding one is a file, and its options in the union."""
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from ssl_c2f.objectives import latent, mae, ssast, supervised  # noqa: F401 (each file has its options)
-from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult
+from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult
+from ssl_c2f.objectives.latent import LatentOptions
+from ssl_c2f.objectives.mae import MAEOptions
+from ssl_c2f.objectives.ssast import SSASTOptions
+from ssl_c2f.objectives.supervised import SupervisedOptions
 
-if TYPE_CHECKING:
-    AnyOptions = ObjectiveOptions
-else:
-    AnyOptions = Annotated[reduce(operator.or_, ObjectiveOptions.__subclasses__()), Field(discriminator="name")]
+AnyOptions = Annotated[
+    MAEOptions | SSASTOptions | LatentOptions | SupervisedOptions,
+    Field(discriminator="name"),
+]
 
 __all__ = ["AnyOptions", "Objective", "ObjectiveOptions", "StepResult"]

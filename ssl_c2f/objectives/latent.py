@@ -19,12 +19,12 @@ from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.masks import Shape, num_masked
-from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.conv_decoder import ConvDecoder, conv_decoder_cost
-from ssl_c2f.models.heads import Readout, read_out
+from ssl_c2f.models.encoder import EncoderOptions
+from ssl_c2f.models.heads import read_out
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
-from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult, features_of, pictures_of, vit
+from ssl_c2f.models.vit import ViT, ViTOptions, initialise
+from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult, vit
 
 
 class LatentOptions(ObjectiveOptions):
@@ -55,11 +55,25 @@ class LatentOptions(ObjectiveOptions):
             raise ValueError(f"does not divide decoder_width {info.data['decoder_width']}")
         return groups
 
-    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+    @property
+    def num_masks(self) -> int:
+        return self.views
+
+    def build(self, model: EncoderOptions, geometry: Geometry, num_classes: int) -> Objective:
         return Latent(vit(model), self, geometry)
 
-    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
-        return latent_cost(vit(model), self, geometry, mask_ratio)
+    def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        """The student's for every view, and the teacher's once, forward only."""
+        kept = geometry.num_tokens - num_masked(geometry.num_tokens, mask_ratio)
+        decoder = conv_decoder_cost(
+            model.width, self.decoder_width, self.decoder_depth, self.decoder_groups, geometry, kept
+        )
+        return [
+            cost.Part("teacher", cost.forward_flops(model.costs(geometry)), 1.0),
+            *cost.times(self.views, model.costs(geometry, kept)),
+            cost.Part("decoder", self.views * decoder),
+            cost.Part("clip head", self.views * cost.linear(1, model.width, model.width)),
+        ]
 
 
 def teacher_decay(options: LatentOptions, u: float) -> float:
@@ -84,13 +98,13 @@ class Latent(Objective):
     token is asked for. What the teacher makes of the clip is shared by all views, as the spectrogram is.
     """
 
-    comparable_loss = False  # the teacher moves, and the yardstick with it
+    comparable_loss = False  # the teacher moves, and the targets with it
+    encoder: ViT
 
-    def __init__(self, model: EncoderOptions, options: LatentOptions, geometry: Geometry) -> None:
-        super().__init__()
-        self.options, self.geometry, self.views = options, geometry, options.views
-        self.encoder = Encoder(model, geometry)
-        self.teacher = Encoder(model, geometry).requires_grad_(False)
+    def __init__(self, model: ViTOptions, options: LatentOptions, geometry: Geometry) -> None:
+        super().__init__(model, geometry)
+        self.options = options
+        self.teacher = ViT(model, geometry).requires_grad_(False)
         self.teacher.load_state_dict(self.encoder.state_dict())
         self.decoder = ConvDecoder(
             model.width, options.decoder_width, options.decoder_depth, options.decoder_groups, geometry
@@ -126,13 +140,13 @@ class Latent(Objective):
         masked = torch.cat([mask.masked for mask in batch.masks])
         short = torch.cat([mask.kept_valid for mask in batch.masks]) if batch.short else None
         encoded, prefix = self.encoder(patches, kept, short), self.encoder.num_prefix
-        valid = None if batch.valid is None else batch.valid.repeat(self.views, 1)
+        valid = None if batch.valid is None else batch.valid.repeat(self.options.views, 1)
         predicted = self.decoder(encoded[:, prefix:], kept, valid).float()
-        error = (predicted - tokens.repeat(self.views, 1, 1)).square().mean(-1) * masked
+        error = (predicted - tokens.repeat(self.options.views, 1, 1)).square().mean(-1) * masked
         # a short clip may be a single token, which is never masked
         token_loss = (error.sum(1) / masked.sum(1).clamp(min=1)).mean()
         told = self.clip_head(encoded[:, :prefix].mean(1)).float()
-        clip_loss = (told - clips.repeat(self.views, 1)).square().mean()
+        clip_loss = (told - clips.repeat(self.options.views, 1)).square().mean()
         return StepResult(token_loss + self.options.clip_weight * clip_loss, {
             "token_loss": token_loss.detach(), "clip_loss": clip_loss.detach(),
             "std_of_l2_normalized": spread_of(features),
@@ -144,16 +158,6 @@ class Latent(Objective):
         decay = teacher_decay(self.options, u)
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - decay)
 
-    @torch.no_grad()
-    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
-        """(B, D) features of whole clips ((B, 2 D) for mean_std), by the encoder that was trained."""
-        return features_of(self.encoder, batch, kind)
-
-    @torch.no_grad()
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Spectrograms (B, T, F): the input, and what of it the first view keeps (NaN elsewhere). Nothing is drawn."""
-        return pictures_of(batch, batch.masks[0].masked)
-
 
 def spread_of(features: Tensor) -> Tensor:
     """How far apart clips are, (B, D) -> (): 0 is collapse, 1 / sqrt(D) are directions without any order (Chen & He,
@@ -162,20 +166,3 @@ def spread_of(features: Tensor) -> Tensor:
         return features.new_tensor(torch.nan)
     spread: Tensor = std_of_l2_normalized(features)
     return spread
-
-
-def latent_cost(
-    model: EncoderOptions, options: LatentOptions, geometry: Geometry, mask_ratio: float
-) -> list[cost.Part]:
-    """Costs of one clip in one step: the student's for every view, and the teacher's once, forward only."""
-    tokens, views = geometry.num_tokens, options.views
-    kept = tokens - num_masked(tokens, mask_ratio)
-    decoder = conv_decoder_cost(
-        model.width, options.decoder_width, options.decoder_depth, options.decoder_groups, geometry, kept
-    )
-    return [
-        cost.Part("teacher", cost.forward_flops(encoder_cost(model, geometry, tokens)), 1.0),
-        *cost.times(views, encoder_cost(model, geometry, kept)),
-        cost.Part("decoder", views * decoder),
-        cost.Part("clip head", views * cost.linear(1, model.width, model.width)),
-    ]

@@ -16,12 +16,11 @@ from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.masks import Shape, num_masked
-from ssl_c2f.models.backbones import AnyModel
 from ssl_c2f.models.decoder import Decoder, decoder_cost
-from ssl_c2f.models.heads import Readout
+from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.patches import patchify, real_values
-from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost
-from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult, features_of, pictures_of, vit
+from ssl_c2f.models.vit import ViT, ViTOptions
+from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult, pictures_of, vit
 
 
 class MAEOptions(ObjectiveOptions):
@@ -40,22 +39,23 @@ class MAEOptions(ObjectiveOptions):
             raise ValueError(f"decoder_width {self.decoder_width} is no multiple of decoder_heads {self.decoder_heads}")
         return self
 
-    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+    def build(self, model: EncoderOptions, geometry: Geometry, num_classes: int) -> Objective:
         return MAE(vit(model), self, geometry)
 
-    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
-        return mae_cost(vit(model), self, geometry, mask_ratio)
+    def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        kept = geometry.num_tokens - num_masked(geometry.num_tokens, mask_ratio)
+        decoder = decoder_cost(vit(model), self.decoder_width, self.decoder_depth, geometry, kept)
+        return [*model.costs(geometry, kept), *decoder]
 
 
 class MAE(Objective):
     """Encoder of the kept patches, decoder of all, mean squared error on the masked ones."""
 
-    views, comparable_loss = 1, True
+    encoder: ViT
 
-    def __init__(self, model: EncoderOptions, options: MAEOptions, geometry: Geometry) -> None:
-        super().__init__()
-        self.options, self.geometry = options, geometry
-        self.encoder = Encoder(model, geometry)
+    def __init__(self, model: ViTOptions, options: MAEOptions, geometry: Geometry) -> None:
+        super().__init__(model, geometry)
+        self.options = options
         self.decoder = Decoder(model, options.decoder_width, options.decoder_depth, options.decoder_heads, geometry)
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -82,21 +82,8 @@ class MAE(Objective):
         return StepResult((error.sum((1, 2)) / count).mean())
 
     @torch.no_grad()
-    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
-        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        return features_of(self.encoder, batch, kind)
-
-    @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input, what of it was kept (NaN elsewhere), and the reconstruction."""
         predictions, targets = self.predict(batch)
         masked = batch.masks[0].masked
         return pictures_of(batch, masked, torch.where(masked[..., None], predictions.float(), targets))
-
-
-def mae_cost(model: EncoderOptions, options: MAEOptions, geometry: Geometry, mask_ratio: float) -> list[cost.Part]:
-    """Costs of one clip in one step."""
-    kept = geometry.num_tokens - num_masked(geometry.num_tokens, mask_ratio)
-    return encoder_cost(model, geometry, kept) + decoder_cost(
-        model, options.decoder_width, options.decoder_depth, geometry, kept
-    )

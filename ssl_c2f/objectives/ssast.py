@@ -18,11 +18,10 @@ from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.masks import Mask, Shape, num_masked
-from ssl_c2f.models.backbones import AnyModel
-from ssl_c2f.models.heads import Readout
+from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.patches import patchify, real_values
-from ssl_c2f.models.vit import Encoder, EncoderOptions, encoder_cost, initialise
-from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult, features_of, pictures_of, vit
+from ssl_c2f.models.vit import ViT, ViTOptions, initialise
+from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult, pictures_of, vit
 
 Softmax = Literal["targets", "predictions"]
 
@@ -37,11 +36,20 @@ class SSASTOptions(ObjectiveOptions):
     softmax: Softmax = Field("targets", description="targets: for each prediction, over the clip's hidden patches")
     mse_weight: float = Field(10.0, ge=0)
 
-    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+    @property
+    def num_masks(self) -> int:
+        return 2 if self.passes == "two" else 1
+
+    def build(self, model: EncoderOptions, geometry: Geometry, num_classes: int) -> Objective:
         return SSAST(vit(model), self, geometry)
 
-    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
-        return ssast_cost(vit(model), self, geometry, mask_ratio)
+    def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        masked, patch = num_masked(geometry.num_tokens, mask_ratio), geometry.patch_dim
+        one = cost.linear(masked, model.width, model.width) + cost.linear(masked, model.width, patch)
+        return [  # every token runs through the encoder, in each pass
+            *cost.times(self.num_masks, model.costs(geometry)), cost.Part("heads", 2 * one),
+            cost.Part("similarities", cost.linear(masked, patch, masked), 2.0),  # no gradient flows into the targets
+        ]
 
 
 @dataclass(frozen=True)
@@ -95,13 +103,11 @@ class SSAST(Objective):
     and `draw_head` is `gpredlayer`, with `.hidden` for `.0` and `.to_match` or `.to_patch` for `.2`.
     """
 
-    comparable_loss = True
+    encoder: ViT
 
-    def __init__(self, model: EncoderOptions, options: SSASTOptions, geometry: Geometry) -> None:
-        super().__init__()
-        self.options, self.geometry = options, geometry
-        self.views = 2 if options.passes == "two" else 1
-        self.encoder = Encoder(model, geometry)
+    def __init__(self, model: ViTOptions, options: SSASTOptions, geometry: Geometry) -> None:
+        super().__init__(model, geometry)
+        self.options = options
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width).normal_(std=0.02))
         self.match_head = head(model.width, geometry.patch_dim, "to_match")
         self.draw_head = head(model.width, geometry.patch_dim, "to_patch")
@@ -130,11 +136,6 @@ class SSAST(Objective):
         })
 
     @torch.no_grad()
-    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
-        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        return features_of(self.encoder, batch, kind)
-
-    @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Spectrograms (B, T, F): the input, what of it was not hidden (NaN elsewhere), and the reconstruction."""
         patches, mask = patchify(batch.spec, batch.geometry), batch.masks[-1]
@@ -153,15 +154,3 @@ def masked_tokens(mask: Mask) -> tuple[Tensor, Tensor]:
 def take(values: Tensor, index: Tensor) -> Tensor:
     """(B, N, X) at (B, M) -> (B, M, X)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def ssast_cost(model: EncoderOptions, options: SSASTOptions, geometry: Geometry, mask_ratio: float) -> list[cost.Part]:
-    """Costs of one clip in one step: every token runs through the encoder, in each pass."""
-    passes, tokens = 2 if options.passes == "two" else 1, geometry.num_tokens
-    masked, patch = num_masked(tokens, mask_ratio), geometry.patch_dim
-    one = cost.linear(masked, model.width, model.width) + cost.linear(masked, model.width, patch)
-    return [
-        *cost.times(passes, encoder_cost(model, geometry, tokens)),
-        cost.Part("heads", 2 * one),
-        cost.Part("similarities", cost.linear(masked, patch, masked), 2.0),  # no gradient flows into the targets
-    ]

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.models.backbones import AnyModel, build_encoder, whole_cost
-from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
+from ssl_c2f.models.encoder import EncoderOptions
+from ssl_c2f.models.heads import Head, HeadKind
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.objectives.step import Objective, ObjectiveOptions, StepResult
+from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult
 
 
 class SupervisedOptions(ObjectiveOptions):
@@ -29,22 +29,25 @@ class SupervisedOptions(ObjectiveOptions):
     labels: Literal["single", "multi"] = "single"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
-    def build(self, model: AnyModel, geometry: Geometry, num_classes: int) -> Objective:
+    @property
+    def num_masks(self) -> int:
+        return 0
+
+    def build(self, model: EncoderOptions, geometry: Geometry, num_classes: int) -> Objective:
         return Supervised(model, self, geometry, num_classes)
 
-    def costs(self, model: AnyModel, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
-        return supervised_cost(model, self, geometry, num_classes)
+    def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
+        frozen = self.head == "linear"  # such an encoder runs forward only
+        head = cost.Part("head", cost.linear(1, model.width, num_classes), 2.0 if frozen else 3.0)
+        return [*model.costs(geometry, passes=1.0 if frozen else 3.0), head]
 
 
 class Supervised(Objective):
     """Encoder of all tokens and a linear head."""
 
-    views, comparable_loss = 0, True
-
-    def __init__(self, model: AnyModel, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
-        super().__init__()
-        self.options, self.geometry = options, geometry
-        self.encoder = build_encoder(model, geometry)
+    def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
+        super().__init__(model, geometry)
+        self.options = options
         self.head = Head(options.head, self.encoder.width, num_classes, self.encoder.num_prefix)
         self.frozen = options.head == "linear"
         self.encoder.requires_grad_(not self.frozen)
@@ -76,23 +79,3 @@ class Supervised(Objective):
         """(B, C) probabilities: they sum to 1 with single labels, each class for itself with several."""
         logits = self.logits(batch)
         return logits.softmax(1) if self.options.labels == "single" else logits.sigmoid()
-
-    @torch.no_grad()
-    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
-        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return read_out(tokens, self.encoder.real(batch.valid), kind, self.encoder.num_prefix)
-
-    @torch.no_grad()
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Spectrograms (B, T, F): the input."""
-        return {"input": batch.spec[:, : batch.geometry.covered]}
-
-
-def supervised_cost(
-    model: AnyModel, options: SupervisedOptions, geometry: Geometry, num_classes: int
-) -> list[cost.Part]:
-    """Costs of one clip in one step; a frozen encoder runs forward only."""
-    frozen = options.head == "linear"
-    head = cost.Part("head", cost.linear(1, model.width, num_classes), 2.0 if frozen else 3.0)
-    return [*whole_cost(model, geometry, 1.0 if frozen else 3.0), head]

@@ -21,7 +21,7 @@ from ssl_c2f.curriculum.phases import PhaseOptions
 from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.synthetic import CLASSES, write_dataset
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.report import write_page
 from ssl_c2f.tasks.finetune import FinetuneOptions, finetune
@@ -38,7 +38,7 @@ TUNING_EPOCHS = 12.0  # coarse, and a third of it fine
 TEST_FOLD = 1
 
 AUDIO = AudioOptions(clip_seconds=SECONDS, num_mels=64)
-MODEL = EncoderOptions(width=96, depth=4, heads=4, patch_f=8, patch_t=8)
+MODEL = ViTOptions(width=96, depth=4, heads=4, patch_f=8, patch_t=8)
 
 
 def demo(

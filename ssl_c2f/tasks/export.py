@@ -26,7 +26,7 @@ from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models.heads import read_out
 from ssl_c2f.models.published import to_hf
-from ssl_c2f.models.vit import Encoder, EncoderOptions
+from ssl_c2f.models.vit import ViT, ViTOptions
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.tasks.convert import notice
@@ -72,8 +72,8 @@ def _fine(weights: Weights, options: RunOptions) -> tuple[Objective, Geometry, S
     return model, geometry, weights.statistics[geometry.digest()]
 
 
-def _vit(objective: Objective) -> Encoder:
-    assert isinstance(objective.encoder, Encoder)
+def _vit(objective: Objective) -> ViT:
+    assert isinstance(objective.encoder, ViT)
     return objective.encoder
 
 
@@ -131,7 +131,7 @@ def _whole_patches(options: RunOptions, weights: Weights) -> RunOptions:
 def _require_ast(options: RunOptions, weights: Weights) -> None:
     """Raises UserError: it is no AST, in one line that says what would be."""
     m, audio, o = options.model, options.audio, options.objective
-    assert isinstance(m, EncoderOptions)
+    assert isinstance(m, ViTOptions)
     again = "fine-tune one that is"
     for wrong, what in (
         (not weights.classes or o.name != "supervised", "it has no classifier: ssl_c2f finetune makes one"),
@@ -152,7 +152,7 @@ def _hf_configs(
     options: RunOptions, weights: Weights, geometry: Geometry, statistics: Statistics
 ) -> dict[str, dict[str, Any]]:
     m, labels = options.model, dict(enumerate(weights.classes))
-    assert isinstance(m, EncoderOptions)
+    assert isinstance(m, ViTOptions)
     several = getattr(options.objective, "labels", "single") == "multi"
     shared = {"max_length": geometry.covered, "num_mel_bins": geometry.num_mels}
     return {

@@ -177,7 +177,7 @@ def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progres
         if log and tracker:
             rate, wait = (t.step - logged) * phase.batch_size / seconds, waited / seconds
             axes = _axes(run, phase, t)
-            masked = {"mask_ratio": phase.mask_ratio} if t.objective.views else {}
+            masked = {"mask_ratio": phase.mask_ratio} if o.objective.num_masks else {}
             tracker.log(axes | dict(zip(step.names, means, strict=True)) | masked | {
                 "lr": step.lr, "grad_norm": step.grad_norm, "skipped": t.skipped,
                 "clips_per_second": rate, "data_wait": wait,

@@ -17,9 +17,9 @@ from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.front_end import Masking
 from ssl_c2f.data.masks import MaskOptions
-from ssl_c2f.models.backbones import ModelOptions, activation_bytes, strides_and_folds
+from ssl_c2f.models.backbones import ModelOptions
 from ssl_c2f.models.htsat import HTSATOptions
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives import AnyOptions, Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
@@ -59,7 +59,7 @@ class RunOptions(Options):
     data: DataOptions = DataOptions()
     audio: AudioOptions = AudioOptions()
     compression: Compression = "frame_shift"
-    model: ModelOptions = EncoderOptions()
+    model: ModelOptions = ViTOptions()
     objective: AnyOptions = MAEOptions()
     mask: MaskOptions = MaskOptions()
     augment: AugmentOptions = AugmentOptions()
@@ -117,8 +117,9 @@ class RunOptions(Options):
         phases: list[tuple[int, tuple[int, int] | None]] = [
             (phase.time_factor, _own_patch(phase, patch)) for phase in self.phases
         ]
-        stride, fold = strides_and_folds(self.model)
-        return make_geometries(self.audio, self.compression, patch, [*phases, (1, None)], stride, fold)
+        return make_geometries(
+            self.audio, self.compression, patch, [*phases, (1, None)], self.model.stride, self.model.fold
+        )
 
     def mask_ratio(self, phase: PhaseOptions) -> float:
         return phase.mask_ratio or self.mask.ratio
@@ -136,9 +137,9 @@ class RunOptions(Options):
         )
 
     def masking(self, phase: Phase, objective: Objective) -> Masking | None:
-        if not objective.views:
+        if not self.objective.num_masks:
             return None
-        return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, objective.views, self.mask.seconds)
+        return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, self.objective.num_masks, self.mask.seconds)
 
     def build(self, geometry: Geometry, num_classes: int) -> Objective:
         return self.objective.build(self.model, geometry, num_classes)
@@ -222,7 +223,7 @@ def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePla
         gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
         pflops=per_clip * clips / 1e15,
         parts={part.name: part.step / 1e9 for part in parts},
-        activation_mb_per_clip=activation_bytes(options.model, geometry, tokens, bytes_per_value) / 1e6,
+        activation_mb_per_clip=options.model.activation_bytes(geometry, tokens, bytes_per_value) / 1e6,
     )
 
 

@@ -70,11 +70,11 @@ def validate(
     o = options.evaluation
     if corpus.held_out:
         clips = spread(corpus.held_out, o.max_clips)
-        if not objective.views:
+        if not options.objective.num_masks:
             result |= _labelled(objective, options, corpus, clips, device, stop)
         elif objective.comparable_loss:
             result |= _masked_loss(objective, options, corpus, clips, device, stop)
-    if objective.views and corpus.num_classes > 1:
+    if options.objective.num_masks and corpus.num_classes > 1:
         result |= _knn(objective, options, corpus, device, stop)
     return {f"val/{name}": value for name, value in result.items()}
 
@@ -84,7 +84,7 @@ def _masked_loss(
     stop: Stop | None,
 ) -> dict[str, float]:
     o, total, count = options.evaluation, dict[str, float](), 0
-    masking = Masking("uniform", o.mask_ratio, options.mask.size, objective.views)
+    masking = Masking("uniform", o.mask_ratio, options.mask.size, options.objective.num_masks)
     for draw in range(o.mask_draws):
         for batch in batches(
             corpus, options.fine_geometry, clips, device, o.batch_size, per_clip=1, masking=masking, draw=draw,

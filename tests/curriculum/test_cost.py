@@ -14,17 +14,18 @@ from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries, make_geometry
 from ssl_c2f.data.front_end import Masking
 from ssl_c2f.data.masks import num_masked
-from ssl_c2f.models.backbones import AnyModel, activation_bytes, build_encoder, strides_and_folds
 from ssl_c2f.models.decoder import decoder_cost
+from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.htsat import HTSATOptions
-from ssl_c2f.models.vit import EncoderOptions, encoder_cost
+from ssl_c2f.models.vit import ViTOptions
+from ssl_c2f.objectives.base import ObjectiveOptions
 from ssl_c2f.objectives.latent import LatentOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.ssast import SSASTOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 
 AUDIO = AudioOptions(clip_seconds=1.2)
-SMALL = EncoderOptions(width=32, depth=2, heads=2)
+SMALL = ViTOptions(width=32, depth=2, heads=2)
 CLASSES, CLIPS = 10, 1
 
 
@@ -61,16 +62,31 @@ def test_other_masked_objectives_cost_what_the_counter_says(
 ) -> None:
     geometry = make_geometry(AUDIO, compression, patch, factor)
     objective = options.build(SMALL, geometry, 0)
-    found = counted(objective, geometry, Masking("cluster", 0.75, (1, 2), objective.views))
+    found = counted(objective, geometry, Masking("cluster", 0.75, (1, 2), options.num_masks))
     parts = options.costs(SMALL, geometry, 0.75, 0)
     assert cost.step_flops(parts) == pytest.approx(found, rel=0.002)
     masked = num_masked(geometry.num_tokens, 0.75)
     once = geometry.num_tokens if isinstance(options, SSASTOptions) else geometry.num_tokens - masked
-    assert cost.seen_tokens(parts) == once * objective.views
+    assert cost.seen_tokens(parts) == once * options.num_masks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MAEOptions(norm_targets=True), SSASTOptions(passes="two"), LatentOptions(views=3), SupervisedOptions()],
+    ids=lambda options: options.name,
+)
+def test_an_objective_without_a_formula_is_counted(options: ObjectiveOptions) -> None:
+    """The same as its formula says, and without a step of the generator."""
+    geometry, before = make_geometry(AUDIO, "patch", (16, 16), 2), torch.get_rng_state()
+    counted_parts = ObjectiveOptions.costs(options, SMALL, geometry, 0.6, CLASSES)
+    formula = options.costs(SMALL, geometry, 0.6, CLASSES)
+    assert torch.equal(torch.get_rng_state(), before)
+    for figure in (cost.step_flops, cost.forward_flops, cost.seen_tokens):
+        assert figure(counted_parts) == pytest.approx(figure(formula), rel=0.002)
 
 
 def test_ssasts_two_losses_share_a_pass() -> None:
-    base = EncoderOptions(width=768, depth=12, heads=12)
+    base = ViTOptions(width=768, depth=12, heads=12)
     geometry = make_geometry(AudioOptions(clip_seconds=10.24), "frame_shift", (16, 16))
     two, one = (
         cost.step_flops(SSASTOptions.model_validate({"passes": passes}).costs(base, geometry, 0.78, 0))
@@ -109,11 +125,11 @@ def test_the_designs_figures() -> None:
     at = [cost.transformer(tokens, 768, 12, 4.0) for tokens in (512, 256, 128)]
     assert [round(x / at[0], 3) for x in at] == [1, 0.475, 0.231]
 
-    base = EncoderOptions(width=768, depth=12, heads=12)
+    base = ViTOptions(width=768, depth=12, heads=12)
     geometry = make_geometry(AudioOptions(clip_seconds=10.24), "frame_shift", (16, 16))
     kept = 512 - num_masked(512, 0.8)
     decoder = cost.step_flops(decoder_cost(base, 512, 8, geometry, kept))
-    assert decoder / (decoder + cost.step_flops(encoder_cost(base, geometry, kept))) == pytest.approx(0.63, abs=0.005)
+    assert decoder / (decoder + cost.step_flops(base.costs(geometry, kept))) == pytest.approx(0.63, abs=0.005)
 
 
 def test_a_coarse_phase_keeps_fewer_activations() -> None:
@@ -132,11 +148,10 @@ HIERARCHICAL = HTSATOptions(
 
 @pytest.mark.parametrize("bytes_per_value", [4, 2])
 @pytest.mark.parametrize("model", [SMALL.model_copy(update={"depth": 8}), HIERARCHICAL], ids=["vit", "htsat"])
-def test_activations_are_those_that_autograd_keeps(model: AnyModel, bytes_per_value: int) -> None:
-    stride, fold = strides_and_folds(model)
+def test_activations_are_those_that_autograd_keeps(model: EncoderOptions, bytes_per_value: int) -> None:
     patch = (model.patch_f, model.patch_t)
-    geometry = make_geometries(AUDIO, "frame_shift", patch, [(1, None)], stride, fold)[0]
-    encoder = build_encoder(model, geometry).train()
+    geometry = make_geometries(AUDIO, "frame_shift", patch, [(1, None)], model.stride, model.fold)[0]
+    encoder = model.build(geometry).train()
 
     def kept(clips: int) -> int:
         seen: dict[int, Tensor] = {}  # by storage: what several operations keep is there once
@@ -154,7 +169,7 @@ def test_activations_are_those_that_autograd_keeps(model: AnyModel, bytes_per_va
         return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
     found = kept(3) - kept(2)  # weights, and their copies in bf16, are not counted
-    assert activation_bytes(model, geometry, geometry.num_tokens, bytes_per_value) == pytest.approx(found, rel=0.1)
+    assert model.activation_bytes(geometry, geometry.num_tokens, bytes_per_value) == pytest.approx(found, rel=0.1)
 
 
 def test_only_real_columns_cost() -> None:

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from ssl_c2f.core.options import UserError
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries
 from ssl_c2f.curriculum.transfer import interpolate_positions, resize_head, resize_kernel, resize_matrix, transfer
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 
 AUDIO = AudioOptions(num_mels=32, clip_seconds=1.0)
-MODEL = EncoderOptions(width=16, depth=2, heads=2, patch_f=8, patch_t=4)
+MODEL = ViTOptions(width=16, depth=2, heads=2, patch_f=8, patch_t=4)
 LEARNED = MODEL.model_copy(update={"positions": "learned"})
 MAE = MAEOptions(decoder_width=8, decoder_depth=1, decoder_heads=2)
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
@@ -33,7 +33,7 @@ def pair(compression: Compression, factors: tuple[int, int] = (4, 2), audio: Aud
     return make_geometries(audio, compression, (8, 4), [(factor, None) for factor in factors])
 
 
-def mae(geometry: Geometry, model: EncoderOptions = MODEL, options: MAEOptions = MAE) -> Objective:
+def mae(geometry: Geometry, model: ViTOptions = MODEL, options: MAEOptions = MAE) -> Objective:
     return options.build(model, geometry, 0)
 
 
@@ -43,7 +43,7 @@ def actions(report: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("model", [MODEL, LEARNED], ids=["sincos", "learned"])
-def test_the_same_geometry_copies_everything(compression: Compression, model: EncoderOptions) -> None:
+def test_the_same_geometry_copies_everything(compression: Compression, model: ViTOptions) -> None:
     geometry = pair(compression)[0]
     state, target = mae(geometry, model).state_dict(), mae(geometry, model).state_dict()
     before = {name: value.clone() for name, value in target.items()}

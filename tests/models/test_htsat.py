@@ -28,7 +28,7 @@ from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.synthetic import CLASSES as SOUNDS
 from ssl_c2f.models.htsat import HTSAT, HTSATOptions, fold, window_mask
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.tasks import config
 from ssl_c2f.tasks.embed import EmbedOptions, embed
@@ -391,10 +391,10 @@ def test_what_it_cannot_do_is_told_in_one_line(override: str, wrong: str) -> Non
 
 def test_without_a_name_the_model_is_a_vit() -> None:
     phases = [{"name": "only", "steps": 1}]
-    for model in ({"width": 36}, {"name": "vit", "width": 36}, EncoderOptions(width=36)):
+    for model in ({"width": 36}, {"name": "vit", "width": 36}, ViTOptions(width=36)):
         o = RunOptions.model_validate({"model": model, "phases": phases}, strict=False)
-        assert o.model == EncoderOptions(width=36)
+        assert o.model == ViTOptions(width=36)
     file = options.load(RunOptions, None, ["model.width=60"], {"phases": phases})
-    assert file.model == EncoderOptions(width=60) and "name: vit" in options.dump(file)
+    assert file.model == ViTOptions(width=60) and "name: vit" in options.dump(file)
     hierarchical = options.load(RunOptions, ROOT / "configs/debug/supervised_htsat.yaml")
     assert RunOptions.model_validate_json(hierarchical.model_dump_json()) == hierarchical

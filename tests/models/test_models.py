@@ -16,11 +16,11 @@ from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, mak
 from ssl_c2f.models.decoder import Decoder
 from ssl_c2f.models.heads import Head, HeadKind, Readout, read_out
 from ssl_c2f.models.patches import patchify, real_values, sincos_positions, unpatchify
-from ssl_c2f.models.vit import Encoder, EncoderOptions, attention_mask
+from ssl_c2f.models.vit import ViT, ViTOptions, attention_mask
 
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 AUDIO = AudioOptions(num_mels=16, clip_seconds=0.4)
-MODEL = EncoderOptions(width=16, depth=2, heads=2)
+MODEL = ViTOptions(width=16, depth=2, heads=2)
 GEOMETRY = make_geometry(AUDIO, "frame_shift", (8, 4))
 
 geometries = st.builds(
@@ -100,7 +100,7 @@ def test_sine_cosine_positions_are_those_of_the_middle(compression: Compression,
 @settings(max_examples=20)
 @given(st.data())
 def test_only_kept_tokens_are_encoded(data: st.DataObject) -> None:
-    encoder = Encoder(MODEL, GEOMETRY).eval()
+    encoder = ViT(MODEL, GEOMETRY).eval()
     tokens = st.sets(st.integers(0, GEOMETRY.num_tokens - 1), min_size=3, max_size=3)
     kept = torch.tensor([sorted(data.draw(tokens))])
     patches = torch.randn(1, GEOMETRY.num_tokens, GEOMETRY.patch_dim)
@@ -117,7 +117,7 @@ def test_only_kept_tokens_are_encoded(data: st.DataObject) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_nobody_attends_to_padding(fused: bool) -> None:
     """With either of timm's two kinds of attention."""
-    encoder = Encoder(MODEL, GEOMETRY).eval()
+    encoder = ViT(MODEL, GEOMETRY).eval()
     for module in encoder.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", fused)  # noqa: B010
@@ -138,7 +138,7 @@ def test_the_class_token_is_never_padding() -> None:
 
 
 def test_drop_path_rises_linearly() -> None:
-    encoder = Encoder(EncoderOptions(width=16, depth=4, heads=2, drop_path=0.3), GEOMETRY)
+    encoder = ViT(ViTOptions(width=16, depth=4, heads=2, drop_path=0.3), GEOMETRY)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
@@ -146,11 +146,11 @@ def test_drop_path_rises_linearly() -> None:
 @pytest.mark.parametrize("wrong", [{"width": 30}, {"width": 32, "heads": 5}, {"width": 6, "heads": 1}, {"depth": 0}])
 def test_impossible_encoders_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        EncoderOptions(**wrong)
+        ViTOptions(**wrong)
 
 
 def test_layers_begin_as_in_mae() -> None:
-    encoder = Encoder(EncoderOptions(width=64, depth=1, heads=2, positions="learned"), GEOMETRY)
+    encoder = ViT(ViTOptions(width=64, depth=1, heads=2, positions="learned"), GEOMETRY)
     for name, parameter in encoder.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -159,7 +159,7 @@ def test_layers_begin_as_in_mae() -> None:
     assert 0.95 * bound < weight.abs().max() <= bound
     assert all(isinstance(m.eps, float) and m.eps == 1e-6 for m in encoder.modules() if isinstance(m, nn.LayerNorm))
     assert isinstance(encoder.positions, nn.Parameter) and len(encoder.positions) == GEOMETRY.num_tokens
-    assert "positions" not in Encoder(MODEL, GEOMETRY).state_dict()  # sine-cosine ones are made anew
+    assert "positions" not in ViT(MODEL, GEOMETRY).state_dict()  # sine-cosine ones are made anew
 
 
 def test_the_decoder_puts_each_token_in_its_place() -> None:

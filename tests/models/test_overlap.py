@@ -21,7 +21,7 @@ from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.models.heads import Head, read_out
 from ssl_c2f.models.patches import patchify, real_values
-from ssl_c2f.models.vit import Encoder, EncoderOptions
+from ssl_c2f.models.vit import ViT, ViTOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.train.recipe import RunOptions
@@ -96,7 +96,7 @@ def test_a_coarse_column_stands_amid_the_fine_ones(compression: Any) -> None:
 @settings(max_examples=20)
 @given(overlapping(), st.floats(0.3, 0.9))
 def test_learned_positions_follow_physical_time_to_another_stride_and_length(g: Geometry, seconds: float) -> None:
-    model = EncoderOptions(width=16, depth=1, heads=2, positions="learned")
+    model = ViTOptions(width=16, depth=1, heads=2, positions="learned")
     options_ = SupervisedOptions(head="ast")
     target = make_geometry(
         AUDIO.model_copy(update={"clip_seconds": seconds}), "frame_shift", (g.patch_f, g.patch_t),
@@ -114,7 +114,7 @@ def test_learned_positions_follow_physical_time_to_another_stride_and_length(g: 
 
 def test_two_class_tokens_go_before_the_patches() -> None:
     g = make_geometry(AUDIO, "frame_shift", (10, 4))
-    encoder = Encoder(EncoderOptions(width=16, depth=1, heads=2, class_tokens=2), g).eval()
+    encoder = ViT(ViTOptions(width=16, depth=1, heads=2, class_tokens=2), g).eval()
     tokens = encoder(torch.randn(3, g.num_tokens, g.patch_dim))
     assert encoder.num_prefix == 2 and tokens.shape == (3, 2 + g.num_tokens, 16)
     valid = torch.rand(3, g.num_tokens) < 0.5
@@ -132,7 +132,7 @@ def test_masked_autoencoding_works_with_two_class_tokens() -> None:
     from ssl_c2f.data.masks import draw_mask
 
     g = make_geometry(AUDIO, "frame_shift", (10, 4))
-    model = EncoderOptions(width=16, depth=1, heads=2, class_tokens=2)
+    model = ViTOptions(width=16, depth=1, heads=2, class_tokens=2)
     mae = MAEOptions(decoder_width=8, decoder_depth=1, decoder_heads=2).build(model, g, 0)
     frames = torch.full((2,), g.frames(g.clip_samples))
     mask = draw_mask(torch.arange(2), g.grid, g.tokens_t(frames), "uniform", 0.5, (1, 1))

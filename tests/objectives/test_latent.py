@@ -32,7 +32,7 @@ from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.models.conv_decoder import ConvDecoder
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.latent import Latent, LatentOptions, instance_norm, spread_of, teacher_decay
 from ssl_c2f.objectives.mae import MAE, MAEOptions
 from ssl_c2f.train import optim
@@ -42,7 +42,7 @@ LEARNED = MODEL.model_copy(update={"positions": "learned"})
 SMALL: dict[str, Any] = {"views": 3, "decoder_width": 8, "decoder_depth": 2, "decoder_groups": 2}
 
 
-def latent(geometry: Geometry = GEOMETRY, model: EncoderOptions = MODEL, **options: Any) -> Latent:
+def latent(geometry: Geometry = GEOMETRY, model: ViTOptions = MODEL, **options: Any) -> Latent:
     torch.manual_seed(0)
     objective = Latent(model, LatentOptions(**SMALL | options), geometry).eval()
     with torch.no_grad():  # a teacher of its own, so that nobody takes one for the other

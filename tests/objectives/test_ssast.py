@@ -32,7 +32,7 @@ from ssl_c2f.curriculum.geometry import Compression, Geometry, make_geometries, 
 from ssl_c2f.curriculum.transfer import resize_head, resize_match, resize_matrix, transfer
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.models.patches import patchify
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.ssast import SSAST, Softmax, SSASTOptions, match, squared_error, take
 
 TWO = replace(MASKING, views=2)
@@ -46,7 +46,7 @@ def ssast(geometry: Geometry = GEOMETRY, **options: Any) -> SSAST:
 
 
 def masked(num_samples: list[int], model: SSAST, seed: int = 0) -> Batch:
-    return batch_of(sounds(num_samples, seed), TWO if model.views == 2 else MASKING, model.geometry)
+    return batch_of(sounds(num_samples, seed), TWO if model.options.num_masks == 2 else MASKING, model.geometry)
 
 
 # --- the losses
@@ -76,7 +76,7 @@ def test_the_losses_are_those_of_the_published_code() -> None:
 
 def published_encoder(w: dict[str, Tensor], patches: Tensor, index: Tensor) -> Tensor:
     """(B, N, P) -> (B, N, D) by our own blocks: two class tokens, hidden patches replaced before positions."""
-    options = EncoderOptions(width=192, depth=2, heads=3)
+    options = ViTOptions(width=192, depth=2, heads=3)
     geometry = make_geometry(AUDIO.model_copy(update={"num_mels": 128, "clip_seconds": 10.26}), "frame_shift", (16, 16))
     model = SSAST(options, SSASTOptions(), geometry).encoder
     blocks = {name[2:]: value for name, value in w.items() if name.startswith(("v.blocks.", "v.norm."))}

@@ -12,7 +12,6 @@ import torch
 from tiny_runs import DEFAULTS, run_options
 
 from ssl_c2f import cli
-from ssl_c2f.models.backbones import activation_bytes
 from ssl_c2f.train.recipe import make_plan
 
 MEMORY = [
@@ -63,5 +62,5 @@ def test_each_phase_is_measured_for_itself(
 def test_activations_have_the_precision_of_the_run(precision: str, size: int, tmp_path: Path) -> None:
     o = run_options(tmp_path, f"train.precision={precision}")
     for geometry, phase in zip(o.geometries, make_plan(o, 100, 0).phases, strict=True):
-        expected = activation_bytes(o.model, geometry, phase.kept, size) / 1e6
+        expected = o.model.activation_bytes(geometry, phase.kept, size) / 1e6
         assert phase.activation_mb_per_clip == pytest.approx(expected)

@@ -25,7 +25,7 @@ from ssl_c2f.core import checkpoint, options
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Interrupted, Stop
-from ssl_c2f.models.vit import Encoder
+from ssl_c2f.models.vit import ViT
 from ssl_c2f.train import engine
 from ssl_c2f.train.validate import at_full_resolution, validate
 
@@ -155,7 +155,7 @@ def test_rehearsal_changes_nothing(sounds: Path, straight: Path, tmp_path: Path)
 
 def test_rehearsal_goes_through_every_phase_at_its_real_size(sounds: Path, tmp_path: Path) -> None:
     job = open_job(run_options(sounds, "phases.1.batch_size=6"), tmp_path)
-    with watch(Encoder) as seen:
+    with watch(ViT) as seen:
         engine.rehearse(job, job.curriculum.phases)
     # two steps of two micro-batches each; 10, 20, 40 tokens less three quarters, and the class token
     assert [tuple(shape[:2]) for _, shape in seen] == [(4, 1 + 2)] * 4 + [(3, 1 + 5)] * 4 + [(4, 1 + 10)] * 4
@@ -210,7 +210,7 @@ def all_finite(folder: Path) -> bool:
 def test_validation_is_at_full_resolution_and_changes_nothing(compression: str, sounds: Path, tmp_path: Path) -> None:
     off = run_options(sounds, f"compression={compression}", "evaluation.mask_ratio=0.5")
     on = off.model_copy(update={"evaluation": off.evaluation.model_copy(update={"every": 0.01})})
-    with watch(Encoder) as seen:
+    with watch(ViT) as seen:
         go(on, tmp_path / "on")
     tokens = [shape[1] for training, shape in seen if not training]
     half, whole = 1 + 20, 1 + 40  # of the fine tokens, for the loss and for the probe

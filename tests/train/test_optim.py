@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssl_c2f.curriculum.geometry import AudioOptions, make_geometry
-from ssl_c2f.models.vit import EncoderOptions
+from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.train.optim import OptimOptions, layer_of, make_optimizer, moments, restore_moments, set_learning_rate
@@ -21,7 +21,7 @@ DEPTH = 3
 
 
 def objective(kind: str = "mae", patch_t: int = 4, positions: Any = "learned") -> nn.Module:
-    model = EncoderOptions(width=8, depth=DEPTH, heads=2, positions=positions)
+    model = ViTOptions(width=8, depth=DEPTH, heads=2, positions=positions)
     options: dict[str, MAEOptions | SupervisedOptions] = {
         "mae": MAEOptions(decoder_width=8, decoder_depth=1, decoder_heads=2),
         "tuned": SupervisedOptions(),

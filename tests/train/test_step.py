@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_c2f.core import checkpoint
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.models.vit import Encoder
+from ssl_c2f.models.vit import ViT
 from ssl_c2f.objectives.mae import MAE
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.validate import at_full_resolution, validate
@@ -148,7 +148,7 @@ def test_each_phase_masks_as_it_says(sounds: Path, tmp_path: Path) -> None:
     def look(model: MAE, batch: Batch) -> None:
         masked.append(batch.masks[0].masked.view(-1, *batch.geometry.grid))
 
-    with watch(Encoder) as encoded, before(MAE, look):
+    with watch(ViT) as encoded, before(MAE, look):
         go(run_options(sounds, *THREE_MASKS), tmp_path)
     assert [shape[1] for training, shape in encoded if training] == [1 + 5, 1 + 12, 1 + 8]
     assert [record["mask_ratio"] for record in records(tmp_path)] == [0.5, 0.4, 0.8]
