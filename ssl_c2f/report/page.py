@@ -1,4 +1,4 @@
-"""The whole page: the data of the figures as JSON, everything else as HTML, style and script inline."""
+"""The page: one HTML file with the figures' data as JSON, everything else as HTML, style and script inline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssl_c2f.report.series import AXES, Column, curve, tokens_per_step
 _MOST_CLASSES = 60  # more are neither readable on a small screen nor drawn fast
 _ENDS = 20  # of many classes, the highest and the lowest that are shown
 
-# Nothing may be fetched, whatever ends up in the page.
+# The page loads nothing from outside, whatever a run's files put into it.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -50,16 +50,16 @@ def render(runs: Sequence[RunData]) -> str:
 
 
 def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
-    """In reading order: what came out, how it got there, what it was made with."""
+    """In reading order: results, training, and the options and machine behind them."""
     there = {name for run in drawn["runs"] for name in run["curves"]}
     curves = "".join(figure("curve", *place) for place in CURVES if place[0] in there)
     return [
         s.section("overview", "At a glance", s.overview(runs)),
-        s.section("missing", "What is missing", s.missing_section(runs)),
+        s.section("missing", "What is missing", _each(runs, s.missing)),
         s.section("probes", "Frozen features", _each(runs, s.probe_tables)),
         s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
-        s.section("strip", "What the phases see", _each(runs, s.film_strip, fold=True),
-                  "The same clips at the end of every phase: input, and where it is masked what was kept of it."),
+        s.section("strip", "What the phases see", _each(runs, s.pictures, fold=True),
+                  "The same clips at the end of every phase: the input, and the patches that masking kept of it."),
         s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _class_figures(drawn)),
         s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
         s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
@@ -69,7 +69,7 @@ def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
 
 
 def _each(runs: Sequence[RunData], part: Callable[[RunData], str], fold: bool = False) -> str:
-    """The part for every run that has it, under the run's name where there are several."""
+    """The part for every run that has it, under the run's name where there are several (`fold`: to be folded away)."""
     found = [(run.name, html) for run in runs if (html := part(run))]
     if len(runs) == 1 or not found:
         return "".join(html for _, html in found)
@@ -87,34 +87,54 @@ CURVES = (
     ("probe", "Probe score", "Nearest neighbours on frozen features of held-out clips, at full resolution."),
     ("classifier", "Validation score",
      "The classifier on held-out clips at full resolution: accuracy, or mAP where clips may have several labels."),
-    ("loss", "Training loss", "Each phase at its own resolution, so a step at a boundary is no setback."),
+    ("loss", "Training loss", "Each phase at its own resolution, so jumps at boundaries are expected."),
     ("lr", "Learning rate", ""),
-    ("spread", "Spread of features", "std_of_l2_normalized of a teacher's clip features: towards 0 they collapse."),
-    ("tokens", "Tokens per step", "What the encoder learns from: tokens of all views times clips."),
+    ("spread", "Spread of features", "std_of_l2_normalized of the teacher's clip features: 0 means collapse."),
+    ("tokens", "Tokens per step", "Tokens that the encoder processes in a step: those of all views of all clips."),
     ("mask", "Mask ratio", ""),
 )
-SHARES = ("probe", "classifier")
+FRACTIONS = ("probe", "classifier")  # drawn in percent
 STEPPED = ("tokens", "mask")  # constant between two records
 
 
 def _columns(run: RunData) -> dict[str, Column]:
-    log = run.log
     named = {"validation": run.validation_loss, "probe": run.probe, "classifier": run.classifier, "loss": "loss",
              "lr": "lr", "mask": "mask_ratio", "spread": "std_of_l2_normalized"}
-    columns = {figure: log.column(name) for figure, name in named.items() if name}
-    return columns | {"tokens": tokens_per_step(log)} if log.records else {}
+    columns = {figure: run.log.column(name) for figure, name in named.items() if name}
+    return columns | {"tokens": tokens_per_step(run.log)} if run.log.records else {}
 
 
 def figures(runs: Sequence[RunData]) -> dict[str, Any]:
-    """The data of all figures."""
+    """The data of all figures, as the page's script takes them."""
     curves = []
     for run in runs:
-        found = {name: c for name, column in _columns(run).items() if (c := curve(run.log, column))}
-        bands = [{"name": p.name} | {axis: run.end(p.name, axis) for axis in AXES} for p in run.phases]
-        bands = [band for band in bands if all(band[axis] is not None for axis in AXES)]
-        curves.append({"name": run.name, "curves": found, "bands": bands})
-    kinds = {name: {"percent": name in SHARES, "stepped": name in STEPPED} for name, _, _ in CURVES}
-    return {"runs": curves, "figures": kinds, "matrices": _matrices(runs), "bars": _bars(runs)}
+        drawn = {name: c for name, column in _columns(run).items() if (c := curve(run.log, column))}
+        ended = [phase for phase in run.phases if phase.end.keys() >= AXES.keys()]
+        bands = [{"name": phase.name} | {axis: phase.end[axis] for axis in AXES} for phase in ended]
+        curves.append({"name": run.name, "curves": drawn, "bands": bands})
+    kinds = {name: {"percent": name in FRACTIONS, "stepped": name in STEPPED} for name, _, _ in CURVES}
+    scores = {f"{r.name}/{name}" if len(runs) > 1 else name: scores for r in runs for name, scores in r.scores.items()}
+    return {
+        "runs": curves, "figures": kinds,
+        "matrices": {name: found for name, each in scores.items() if (found := _matrix(each))},
+        "bars": {name: found for name, each in scores.items() if (found := _bars(each))},
+    }
+
+
+def _matrix(scores: Json) -> Json | None:
+    """A confusion matrix and its classes."""
+    counts, classes = scores.get("confusion"), scores.get("classes", [])
+    fits = isinstance(counts, list) and len(counts) == len(classes) and len(classes) > 1
+    return {"classes": classes, "counts": counts} if fits else None
+
+
+def _bars(scores: Json) -> Json | None:
+    """The score of each class; `ends`: how many of the highest and lowest are drawn, 0 where all are."""
+    for key in ("average_precision", "recall"):
+        if isinstance(each := scores.get(key), dict) and each:
+            ends = _ENDS if len(each) > _MOST_CLASSES else 0
+            return {"measure": key.replace("_", " "), "rows": list(each.items()), "ends": ends}
+    return None
 
 
 def figure(kind: str, name: str, title: str, note: str) -> str:
@@ -129,10 +149,9 @@ def figure(kind: str, name: str, title: str, note: str) -> str:
 
 
 def _switches(runs: Sequence[RunData]) -> str:
-    labels = {"flops": "compute", "samples": "clips seen", "train_seconds": "training time"}
     axes = "".join(
-        f'<label><input type=radio name=axis value="{axis}"{" checked" if i == 0 else ""}>{labels[axis]}</label>'
-        for i, axis in enumerate(AXES)
+        f'<label><input type=radio name=axis value="{axis}"{" checked" if i == 0 else ""}>{label}</label>'
+        for i, (axis, label) in enumerate(AXES.items())
     )
     names = "".join(
         f'<label class="c{i % 6}"><input type=checkbox name=run value="{i}" checked><i></i>{escape(run.name)}</label>'
@@ -142,53 +161,27 @@ def _switches(runs: Sequence[RunData]) -> str:
     return f"<form class=switches><fieldset><legend>Against</legend>{axes}</fieldset>{shown}</form>"
 
 
-def _matrices(runs: Sequence[RunData]) -> dict[str, Any]:
-    found = {}
-    for name, scores in _all_scores(runs).items():
-        counts, classes = scores.get("confusion"), scores.get("classes", [])
-        if isinstance(counts, list) and len(counts) == len(classes) and len(classes) > 1:
-            found[name] = {"classes": classes, "counts": counts}
-    return found
-
-
-def _bars(runs: Sequence[RunData]) -> dict[str, Any]:
-    """The score of each class; `ends`: how many of the highest and lowest are drawn, 0 where all are."""
-    found = {}
-    for name, scores in _all_scores(runs).items():
-        for key in ("recall", "average_precision"):
-            if isinstance(each := scores.get(key), dict) and each:
-                ends = _ENDS if len(each) > _MOST_CLASSES else 0
-                found[name] = {"measure": key.replace("_", " "), "rows": list(each.items()), "ends": ends}
-    return found
-
-
-def _all_scores(runs: Sequence[RunData]) -> dict[str, Json]:
-    return {
-        f"{run.name}/{name}" if len(runs) > 1 else name: scores for run in runs for name, scores in run.scores.items()
-    }
-
-
 def _class_figures(drawn: Mapping[str, Any]) -> str:
-    places = "".join(
-        (_matrix_place(name, drawn["matrices"][name]) if name in drawn["matrices"] else "")
-        + (_bars_place(name, drawn["bars"][name]) if name in drawn["bars"] else "")
-        for name in dict.fromkeys([*drawn["matrices"], *drawn["bars"]])
-    )
-    return places and f"<div class=figures>{places}</div>"
+    matrices, bars = drawn["matrices"], drawn["bars"]
+    found = [
+        draw(name, data[name]) for name in dict.fromkeys([*matrices, *bars])
+        for draw, data in ((_matrix_figure, matrices), (_bars_figure, bars)) if name in data
+    ]
+    return f"<div class=figures>{''.join(found)}</div>" if found else ""
 
 
-def _matrix_place(name: str, matrix: Json) -> str:
+def _matrix_figure(name: str, matrix: Json) -> str:
     count = len(matrix["classes"])
     if count <= _MOST_CLASSES:
-        return figure("matrix", name, f"Confusion matrix, {name}", "Rows: what it is. Columns: what was predicted.")
-    note = f"Of {count} classes those that were taken for one another most often; the CSV has the whole matrix."
+        return figure("matrix", name, f"Confusion matrix, {name}", "Rows: the label. Columns: the prediction.")
+    note = f"The pairs of the {count} classes that were confused most often; the CSV has the whole matrix."
     return figure("pairs", name, f"Confused most often, {name}", note)
 
 
-def _bars_place(name: str, bars: Json) -> str:
+def _bars_figure(name: str, bars: Json) -> str:
     title, note = {
-        "recall": ("Recall per class", "Share of each class that was recognised."),
-        "average precision": ("Average precision per class", "How far a class's clips rank above all others."),
+        "recall": ("Recall per class", "The fraction of each class's clips that were predicted correctly."),
+        "average precision": ("Average precision per class", "1 where all clips of a class rank above all others."),
     }[bars["measure"]]
     if bars["ends"]:
         note += f" The {_ENDS} highest and the {_ENDS} lowest of {len(bars['rows'])}; the CSV has all."

@@ -1,10 +1,10 @@
-"""A run folder, however much of it is there. Nothing here raises because of what a crashed run left behind."""
+"""Reads a run folder, however much of it is there: nothing that a crashed run left behind raises an error here."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,18 @@ from ssl_c2f.core import locks
 from ssl_c2f.core.files import read_json, read_jsonl
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
-from ssl_c2f.report.series import Log, read_log
+from ssl_c2f.report.series import AXES, Log, is_number, read_log
 
 Json = dict[str, Any]
+COUNTERS = ("step", *AXES)
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One clip in one phase's film strip, as data URIs."""
+class ClipPictures:
+    """One clip as a phase saw it, as data URIs."""
 
     name: str
-    pictures: dict[str, str]  # view -> image
+    images: dict[str, str]  # view ("input", "reconstruction", ...) -> image
     sound: str | None
 
 
@@ -31,11 +32,14 @@ class PhaseData:
     """What is known of a phase."""
 
     name: str
-    plan: Json = field(default_factory=dict)
-    done: Json = field(default_factory=dict)
-    transfer: Json = field(default_factory=dict)
-    pictures: Json = field(default_factory=dict)
-    clips: tuple[Clip, ...] = ()
+    folder: PhaseFolder
+    done: bool
+    end: dict[str, float]  # COUNTERS at the phase's end, or as far as it got; they count over the whole run
+    own: dict[str, float]  # COUNTERS of this phase alone
+    plan: Json
+    transfer: Json
+    pictures: Json
+    clips: tuple[ClipPictures, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class RunData:
 
     @property
     def scores(self) -> dict[str, Json]:
-        """All scores, under names that tell the two apart."""
+        """The scores of fine-tuning and of evaluation."""
         return self.tuned | {f"evaluated on {name}": scores for name, scores in self.evaluated.items()}
 
     @property
@@ -70,25 +74,23 @@ class RunData:
             return "nothing logged"
         return "crashed" if self.lock == "dead" else "stopped early"
 
-    def end(self, phase: str, axis: str) -> float | None:
-        """Where a phase ends (or has got to) on an axis, counted over the whole run."""
-        done = next((p.done for p in self.phases if p.name == phase), {})
-        value = done.get(axis)
-        return float(value) if isinstance(value, int | float) else self.log.last(phase, axis)
-
-    def total(self, axis: str) -> float | None:
-        ends = [end for phase in self.phases if (end := self.end(phase.name, axis)) is not None]
-        return max(ends) if ends else None
+    def total(self, counter: str) -> float | None:
+        """A counter over all phases."""
+        return max((phase.end[counter] for phase in self.phases if counter in phase.end), default=None)
 
     @property
     def probe(self) -> str | None:
         """The metric of validation that is a probe's score, if there is one."""
-        return next((name for name in ("val/knn_accuracy", "val/knn_map") if name in self.log.names), None)
+        return self._logged("val/knn_accuracy", "val/knn_map")
 
     @property
     def classifier(self) -> str | None:
         """The metric of validation that is a trained classifier's score, if there is one."""
-        return next((name for name in ("val/accuracy", "val/map") if name in self.log.names), None)
+        return self._logged("val/accuracy", "val/map")
+
+    @property
+    def validation_loss(self) -> str | None:
+        return next((name for name in self.log.names if name.startswith("val/") and "loss" in name), None)
 
     @property
     def last_score(self) -> float | None:
@@ -96,13 +98,16 @@ class RunData:
         name = self.probe or self.classifier
         return self.log.last(self.phases[-1].name, name) if name and self.phases else None
 
-    @property
-    def validation_loss(self) -> str | None:
-        return next((name for name in self.log.names if name.startswith("val/") and "loss" in name), None)
+    def _logged(self, *names: str) -> str | None:
+        return next((name for name in names if name in self.log.names), None)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:
-    """Raises UserError if one of them is no folder."""
+    """The runs in these folders; where two folders have the same name, runs are named by their paths.
+
+    Raises:
+        UserError: one of them is no folder.
+    """
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such run folder")
@@ -113,8 +118,8 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 
 
 def read_run(path: Path, name: str) -> RunData:
-    folder, plan = RunFolder(path), read_json(RunFolder(path).plan)
-    log = read_log(folder.metrics)
+    folder = RunFolder(path)
+    log, plan = read_log(folder.metrics), read_json(folder.plan)
     return RunData(
         name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
         provenance=read_json(folder.provenance), config=_text(folder.config), lock=locks.state(folder.lock_file),
@@ -129,29 +134,43 @@ def _by_folder(path: Path, pattern: str) -> dict[str, Json]:
 
 
 def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
-    """In the order of the plan; what it does not name comes behind."""
+    """In the order of the plan; phases that it does not name come last."""
     plans = {str(p["name"]): p for p in plan.get("phases", []) if isinstance(p, dict) and "name" in p}
-    folders = {phase.name: phase for phase in RunFolder(path).phases()}
-    names = dict.fromkeys([*plans, *folders, *log.phases])
-    return tuple(_phase(name, folders.get(name), plans.get(name, {})) for name in names)
+    folders = {folder.name: folder for folder in RunFolder(path).phases()}
+    phases: list[PhaseData] = []
+    before = dict.fromkeys(COUNTERS, 0.0)
+    for name in dict.fromkeys([*plans, *folders, *log.phases]):
+        folder = folders.get(name, PhaseFolder(path / "phases" / name))  # the latter does not exist
+        phases.append(_phase(name, folder, plans.get(name, {}), log, before))
+        before |= phases[-1].end
+    return tuple(phases)
 
 
-def _phase(name: str, folder: PhaseFolder | None, plan: Json) -> PhaseData:
-    if folder is None:
-        return PhaseData(name, plan)
-    done = read_json(folder.done) or ({"step": None} if folder.is_done() else {})
-    pictures = read_json(folder.pictures / "pictures.json")
-    clips = []
-    for entry in pictures.get("clips", []):
-        images = {view: _picture(folder.pictures, file, "image/png") for view, file in entry["pictures"].items()}
-        sound = _picture(folder.pictures, entry["sound"], "audio/mpeg") if entry.get("sound") else None
-        clips.append(Clip(entry["clip"], {view: image for view, image in images.items() if image}, sound))
-    return PhaseData(name, plan, done, read_json(folder.transfer), pictures, tuple(clips))
+def _phase(name: str, folder: PhaseFolder, plan: Json, log: Log, before: Mapping[str, float]) -> PhaseData:
+    done, pictures = read_json(folder.done), read_json(folder.pictures / "pictures.json")
+    counted = {key: done[key] if is_number(done.get(key)) else log.last(name, key) for key in COUNTERS}
+    end = {key: float(value) for key, value in counted.items() if value is not None}
+    return PhaseData(
+        name=name, folder=folder, done=folder.is_done(), end=end,
+        own={key: value - before[key] for key, value in end.items()}, plan=plan,
+        transfer=read_json(folder.transfer), pictures=pictures,
+        clips=tuple(_clip(folder.pictures, entry) for entry in pictures.get("clips", [])),
+    )
 
 
-def _picture(folder: Path, file: str, kind: str) -> str | None:
-    """A file of the phase's pictures; a run from elsewhere may name others, which are nobody else's to see."""
-    return _data_uri(folder / Path(file).name, kind)
+def _clip(folder: Path, entry: Json) -> ClipPictures:
+    """Only files in the phase's own folder: a run from elsewhere could otherwise show any file of whoever reads it."""
+
+    def data_uri(file: str | None, kind: str) -> str | None:
+        try:
+            content = (folder / Path(file or "").name).read_bytes()
+        except OSError:
+            return None
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+    images = {view: data_uri(file, "image/png") for view, file in entry["pictures"].items()}
+    found = {view: image for view, image in images.items() if image}
+    return ClipPictures(entry["clip"], found, data_uri(entry.get("sound"), "audio/mpeg"))
 
 
 def _text(file: Path) -> str:
@@ -159,10 +178,3 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _data_uri(file: Path, kind: str) -> str | None:
-    try:
-        return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    except OSError:
-        return None

@@ -1,4 +1,4 @@
-"""Pieces of the page. Whatever comes from outside is escaped here, and nowhere else put into HTML."""
+"""The sections of the page as HTML. Whatever comes from outside is escaped here, and nowhere else put into HTML."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import yaml
 
 from ssl_c2f.core.options import flatten
 from ssl_c2f.core.provenance import command_line
-from ssl_c2f.report.read import Clip, Json, PhaseData, RunData
-
-Cell = object  # text, or (text to show, number to sort by)
-_SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+from ssl_c2f.report import tables
+from ssl_c2f.report.read import ClipPictures, Json, PhaseData, RunData
+from ssl_c2f.report.tables import Cell
 
 
 def section(name: str, title: str, body: str, lead: str = "") -> str:
@@ -24,7 +23,8 @@ def section(name: str, title: str, body: str, lead: str = "") -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], name: str, sort: bool = False) -> str:
-    """A table that scrolls sideways where it is too wide, with a button for its CSV; `sort` makes its heads buttons."""
+    """A table that scrolls sideways where it is too wide, with a button that saves it as CSV; with `sort` a click on a
+    column's heading sorts the rows."""
     head = "".join(
         f"<th scope=col aria-sort=none><button type=button>{escape(c)}</button></th>"
         if sort else f"<th scope=col>{escape(c)}</th>"
@@ -39,69 +39,40 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], name: str, sor
 
 
 def _cell(cell: Cell, first: bool) -> str:
-    text, value = cell if isinstance(cell, tuple) else (cell, cell)
-    attribute = f' data-value="{value}"' if isinstance(value, int | float) else ""
-    kind = " class=number" if attribute else ""
-    tag = "th scope=row" if first else "td"
-    return f"<{tag}{attribute}{kind}>{escape(_text(text))}</{tag.split()[0]}>"
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def flops(value: float | None) -> Cell:
-    if value is None:
-        return None
-    factor, letter = next((pair for pair in _SI if value >= pair[0]), (1.0, ""))
-    return f"{value / factor:.3g} {letter}FLOPs", value
-
-
-def seconds(value: float | None) -> Cell:
-    if value is None:
-        return None
-    whole = round(value)
-    text = f"{value:.1f} s" if whole < 120 else f"{whole // 60} min" if whole < 7200 else f"{value / 3600:.1f} h"
-    return text, value
-
-
-def percent(value: float | None) -> Cell:
-    return None if value is None else (f"{100 * value:.1f} %", value)
+    value = cell[1] if isinstance(cell, tuple) else cell
+    attribute = f' data-value="{value}" class=number' if isinstance(value, int | float) else ""
+    tag, scope = ("th", " scope=row") if first else ("td", "")
+    return f"<{tag}{scope}{attribute}>{escape(tables.text(cell))}</{tag}>"
 
 
 def overview(runs: Sequence[RunData]) -> str:
     """A line for each run."""
-    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss",
-               "validation score", "fine-tuned")
-    rows = []
-    for run in runs:
-        last = run.phases[-1].name if run.phases else ""
-        loss = run.log.last(last, run.validation_loss) if run.validation_loss else None
-        rows.append((
-            run.name, run.status, f"{sum(bool(p.done) for p in run.phases)} of {len(run.phases)}",
-            flops(run.total("flops")),
-            percent(run.plan.get("share_of_single_phase")), seconds(run.total("train_seconds")), loss,
-            percent(run.last_score), _best(run),
-        ))
+    columns = ("run", "status", "phases", *tables.TOTALS, "fine-tuned")
+    rows = [
+        (run.name, run.status, f"{sum(phase.done for phase in run.phases)} of {len(run.phases)}", *tables.totals(run),
+         _best(run))
+        for run in runs
+    ]
     return table(columns, rows, "Runs", sort=len(runs) > 1)
 
 
 def _best(run: RunData) -> Cell:
     """The best fine-tuning of the run's own weights, by the first one's metric: no other can be compared with it."""
     found = [(name, float(scores[name])) for scores in run.tuned.values()
-             if not scores.get("from_scratch") and (name := metric(scores))]
+             if not scores.get("from_scratch") and (name := tables.metric(scores))]
     if not found:
         return None
     value = max(value for name, value in found if name == found[0][0])
     return f"{100 * value:.1f} %{' mAP' if found[0][0] == 'map' else ''}", value
 
 
-def missing(run: RunData) -> list[str]:
-    """What a reader may look for in vain, and why."""
+def missing(run: RunData) -> str:
+    """What is not on the page, and why."""
+    notes = _missing(run)
+    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+
+
+def _missing(run: RunData) -> list[str]:
     notes = []
     if not (run.config or run.log.records or run.phases):
         return ["The folder is empty: no run was started here."]
@@ -110,18 +81,18 @@ def missing(run: RunData) -> list[str]:
     if run.log.broken:
         notes.append(f"{run.log.broken} lines of metrics.jsonl are broken and left out (the last one, after a crash).")
     if run.status == "crashed":
-        notes.append("The process that wrote this run died. The same command goes on from its last checkpoint.")
+        notes.append("The process that wrote this run died. The same command resumes from its last checkpoint.")
     if run.status == "stopped early":
-        notes.append("The run has not reached its end. The same command goes on.")
+        notes.append("The run has not reached its end. The same command resumes it.")
     waiting = [p.name for p in run.phases if not p.done and p.name not in run.log.phases]
     notes += [f"Not started: {', '.join(waiting)}."] if waiting else []
     if run.log.records and not (run.validation_loss or run.classifier):  # a classifier has scores instead
         notes.append("No validation loss: no clips were held out (data.val_folds), evaluation.every is 0, or the "
-                     "objective has none that could be compared (latent: its teacher moves).")
+                     "objective's loss cannot be compared over time (latent: its teacher changes).")
     if run.log.records and not (run.probe or run.classifier):
         notes.append("No validation score: it needs labels and evaluation.every above 0.")
     if not any(p.clips for p in run.phases):
-        notes.append("No film strip: pictures are made at the end of a phase.")
+        notes.append("No pictures: they are made at the end of a phase.")
     if not run.scores:
         notes.append("No fine-tuning yet: ssl_c2f finetune --ckpt RUN.")
     for name, part in (("plan.json", run.plan), ("provenance.json", run.provenance), ("config.yaml", run.config)):
@@ -131,38 +102,29 @@ def missing(run: RunData) -> list[str]:
     return notes
 
 
-def missing_section(runs: Sequence[RunData]) -> str:
-    parts = []
-    for run in runs:
-        if notes := missing(run):
-            items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-            parts.append((f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "") + f"<ul>{items}</ul>")
-    return "".join(parts)
-
-
 def plan_table(run: RunData) -> str:
-    """Plan against actual, phase by phase."""
+    """What was planned for each phase, and what it took."""
     columns = ("phase", "state", "frame", "grid", "tokens", "kept", "batch", "steps planned", "steps done",
                "compute planned", "compute done", "time", "clips/s")
-    rows, before = [], {"step": 0.0, "flops": 0.0, "train_seconds": 0.0, "samples": 0.0}
-    for phase in run.phases:
-        end = {axis: run.end(phase.name, axis) for axis in before}
-        done = {axis: None if value is None else value - before[axis] for axis, value in end.items()}
-        plan, time, clips = phase.plan, done["train_seconds"], done["samples"]
-        state = "done" if phase.done else "not started" if end["step"] is None else "unfinished"
-        rows.append((
-            phase.name, state, f"{plan['hop_ms']:g} ms" if "hop_ms" in plan else None,
-            " x ".join(map(str, plan.get("grid", []))) or None, plan.get("tokens"), plan.get("kept"),
-            plan.get("batch_size"), plan.get("steps"), None if done["step"] is None else round(done["step"]),
-            flops(plan["pflops"] * 1e15 if "pflops" in plan else None), flops(done["flops"]), seconds(time),
-            (f"{clips / time:.0f}", clips / time) if time and clips else None,
-        ))
-        before = {axis: value if value is not None else before[axis] for axis, value in end.items()}
+    rows = [_plan_row(phase) for phase in run.phases]
     return table(columns, rows, f"Plan against actual, {run.name}") if rows else ""
 
 
+def _plan_row(phase: PhaseData) -> tuple[Cell, ...]:
+    plan, own = phase.plan, phase.own
+    steps, time, clips = own.get("step"), own.get("train_seconds"), own.get("samples")
+    return (
+        phase.name, "done" if phase.done else "not started" if steps is None else "unfinished",
+        f"{plan['hop_ms']:g} ms" if "hop_ms" in plan else None, " x ".join(map(str, plan.get("grid", []))) or None,
+        plan.get("tokens"), plan.get("kept"), plan.get("batch_size"),
+        plan.get("steps"), None if steps is None else round(steps),
+        tables.flops(plan["pflops"] * 1e15 if "pflops" in plan else None), tables.flops(own.get("flops")),
+        tables.seconds(time), (f"{clips / time:.0f}", clips / time) if time and clips else None,
+    )
+
+
 def transfers(run: RunData) -> str:
-    """What became of the weights at each boundary."""
+    """How many tensors each phase took over from the one before, and which ones were changed."""
     return "".join(map(_transfer, run.phases))
 
 
@@ -180,62 +142,44 @@ def _transfer(phase: PhaseData) -> str:
     return f"<details><summary>to {escape(phase.name)}: {escape(summary)}</summary>{origin}{inner}</details>"
 
 
-def film_strip(run: RunData) -> str:
-    """The same clips in every phase."""
+def pictures(run: RunData) -> str:
+    """The same clips as each phase saw them, one row per phase."""
     names = list(dict.fromkeys(clip.name for phase in run.phases for clip in phase.clips))
     parts = []
     for name in names:
         shown = [(phase, clip) for phase in run.phases for clip in phase.clips if clip.name == name]
         sound = next((clip.sound for _, clip in shown if clip.sound), None)
         audio = f'<audio controls preload=metadata src="{sound}" aria-label="{escape(name)}"></audio>' if sound else ""
-        rows = "".join(_strip_row(phase, clip) for phase, clip in shown)
+        rows = "".join(_pictures_row(phase, clip) for phase, clip in shown)
         parts.append(f"<article class=clip><header><h3>{escape(name)}</h3>{audio}</header>{rows}</article>")
     return "".join(parts)
 
 
-def _strip_row(phase: PhaseData, clip: Clip) -> str:
+def _pictures_row(phase: PhaseData, clip: ClipPictures) -> str:
     facts = phase.pictures
     grid = " x ".join(map(str, facts.get("grid", [])))
-    hidden = f", {facts['mask_ratio']:.0%} hidden ({facts['mask_shape']})" if facts.get("mask_ratio") else ""
-    label = f"{phase.name}: frames of {facts.get('frame_ms', 0):g} ms, {grid} tokens{hidden}"
+    mask = f", {facts['mask_ratio']:.0%} masked ({facts['mask_shape']})" if facts.get("mask_ratio") else ""
+    label = f"{phase.name}: frames of {facts.get('frame_ms', 0):g} ms, {grid} tokens{mask}"
     images = "".join(
         f'<figure><img src="{image}" alt="{escape(f"{view} of {clip.name} in phase {phase.name}")}">'
         f"<figcaption>{escape(view)}</figcaption></figure>"
-        for view, image in clip.pictures.items()
+        for view, image in clip.images.items()
     )
     return f"<div class=strip><p>{escape(label)}</p><div class=images>{images}</div></div>"
 
 
-def metric(scores: Json) -> str | None:
-    """What the headline of a scores.json is: accuracy or map."""
-    return next((name for name in ("accuracy", "map") if isinstance(scores.get(name), int | float)), None)
-
-
-def score(scores: Json) -> float | None:
-    """The headline of a scores.json."""
-    return float(scores[name]) if (name := metric(scores)) else None
-
-
-def interval(scores: Json) -> str | None:
-    """Its confidence interval, where there is one."""
-    found = scores.get("interval")
-    return f"{100 * found[0]:.1f} to {100 * found[1]:.1f} %" if isinstance(found, list) and len(found) == 2 else None
-
-
 def finetune_table(runs: Sequence[RunData]) -> str:
-    rows: list[Sequence[Cell]] = []
-    for run in runs:
-        for name, scores in run.scores.items():
-            main, each = metric(scores), [_dict(fold) for fold in _dict(scores.get("folds")).values()]
-            folds = [fold[main] for fold in each if main and metric(fold) == main]
-            start = "random weights" if scores.get("from_scratch") else "pretrained"
-            kind = "accuracy" if "accuracy" in scores else "mAP"
-            rows.append((
-                f"{run.name}/{name}" if len(runs) > 1 else name, start, kind, percent(score(scores)), interval(scores),
-                ", ".join(f"{100 * fold:.1f}" for fold in folds) or None,
-            ))
-    columns = ("name", "start", "score", "value", "95 % interval", "folds, %")
-    return table(columns, rows, "Fine-tuning", sort=True) if rows else ""
+    """The scores of fine-tuning and of evaluation, with those of each fold."""
+    rows = [
+        (f"{run.name}/{name}" if len(runs) > 1 else name, *tables.scores_row(scores), _folds(scores))
+        for run in runs for name, scores in run.scores.items()
+    ]
+    return table(("name", *tables.SCORES, "folds, %"), rows, "Fine-tuning", sort=True) if rows else ""
+
+
+def _folds(scores: Json) -> str | None:
+    main, folds = tables.metric(scores), [_dict(fold) for fold in _dict(scores.get("folds")).values()]
+    return ", ".join(f"{100 * fold[main]:.1f}" for fold in folds if main and tables.metric(fold) == main) or None
 
 
 def _dict(value: Any) -> Json:
@@ -243,26 +187,18 @@ def _dict(value: Any) -> Json:
 
 
 def probe_tables(run: RunData) -> str:
-    """What linear classifiers and nearest neighbours make of frozen features, beside yardsticks."""
+    """Scores of linear classifiers and of nearest neighbours on frozen features, beside those of the baselines."""
     parts = []
     for name, found in run.probes.items():
-        rows = [
-            (r.get("features"), r.get("readout"), *_spread(r.get("linear")), *_spread(r.get("knn")))
-            for r in found.get("rows", [])
-        ]
         title = f"Frozen features, probed on {name}"
-        columns = ("features", "readout", "linear", "± folds", "kNN", "± folds")
         note = f"{found.get('clips')} recordings, {found.get('split')}"
-        drawn = table(columns, rows, title, sort=True)
-        parts.append(f"<h3>{escape(title)}</h3>{drawn}<p class=note>{escape(note)}</p>")
+        shown = table(tables.PROBES, tables.probe_rows(found), title, sort=True)
+        parts.append(f"<h3>{escape(title)}</h3>{shown}<p class=note>{escape(note)}</p>")
     return "".join(parts)
 
 
-def _spread(scores: Any) -> tuple[Cell, Cell]:
-    return percent(_dict(scores).get("mean")), percent(_dict(scores).get("std"))
-
-
 def provenance(run: RunData) -> str:
+    """The command, commit, versions and hardware of a run."""
     p = run.provenance
     if not p:
         return ""
@@ -274,12 +210,12 @@ def provenance(run: RunData) -> str:
     )
     rows = (("folder", str(run.path)), ("command", command), ("started", p.get("started")),
             ("commit", p.get("commit") or "not a checkout"), ("versions", versions), ("hardware", hardware))
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(_text(v))}</dd>" for k, v in rows)
+    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(tables.text(v))}</dd>" for k, v in rows)
     return f"<dl>{items}</dl>"
 
 
 def config_section(runs: Sequence[RunData]) -> str:
-    """What differs between the runs, and each config."""
+    """The options that differ between the runs, and each config whole."""
     runs = [run for run in runs if run.config]
     parts = [_differences(runs)] if len(runs) > 1 else []
     for run in runs:

@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns, and curves that are thin enough for a page."""
+"""metrics.jsonl as columns, and curves with few enough points for a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ssl_c2f.core.files import read_jsonl
 
 Column = npt.NDArray[np.float64]
 
-AXES = track.AXES[:3]  # tokens tell little that FLOPs do not
+# the axes of curves and how the page names them; tokens are left out, since they grow much as FLOPs do
+AXES = dict(zip(track.AXES, ("compute", "clips seen", "training time"), strict=False))
 POINTS = 500  # of a curve: no screen shows more
 
 
@@ -34,14 +35,15 @@ class Log:
 
     @cached_property
     def phase_index(self) -> npt.NDArray[np.int64]:
-        place = {name: i for i, name in enumerate(self.phases)}
-        return np.array([place.get(str(r.get("phase")), -1) for r in self.records], dtype=np.int64)
+        """(records,) the index in `phases` of each record's phase, -1 without one."""
+        index = {name: i for i, name in enumerate(self.phases)}
+        return np.array([index.get(str(r.get("phase")), -1) for r in self.records], dtype=np.int64)
 
     def column(self, name: str) -> Column:
-        """(records,) values; NaN where a record has no such number."""
+        """(records,) values of a metric; NaN where a record has no such number."""
         if name not in self._columns:
             values = (record.get(name) for record in self.records)
-            self._columns[name] = np.array([v if _is_number(v) else np.nan for v in values], dtype=np.float64)
+            self._columns[name] = np.array([v if is_number(v) else np.nan for v in values], dtype=np.float64)
         return self._columns[name]
 
     @cached_property
@@ -50,14 +52,12 @@ class Log:
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def last(self, phase: str, name: str) -> float | None:
-        """The last finite value of a metric in a phase."""
-        for record in reversed(self.records):
-            if record.get("phase") == phase and _is_number(record.get(name)):
-                return float(record[name])
-        return None
+        """The last value of a metric in a phase."""
+        values = (record.get(name) for record in reversed(self.records) if record.get("phase") == phase)
+        return next((float(value) for value in values if is_number(value)), None)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -68,24 +68,25 @@ def read_log(file: Path) -> Log:
 
 
 def tokens_per_step(log: Log) -> Column:
-    """Tokens that the encoder saw in each step since the record before."""
+    """(records,) tokens that the encoder saw per step, averaged over the steps since the record before."""
     step, tokens = log.column("step"), log.column("tokens")
     steps, seen = np.diff(step, prepend=0.0), np.diff(tokens, prepend=0.0)
     return np.where(steps > 0, seen / np.where(steps > 0, steps, 1.0), np.nan)
 
 
 def curve(log: Log, values: Column, points: int = POINTS) -> dict[str, list[float]] | None:
-    """The curve of a column against every axis: means of up to `points` stretches, none across two phases.
+    """A column against every axis, as means of up to `points` intervals, none of which crosses a phase boundary.
 
-    Where a mean hides several records, "low" and "high" are the least and greatest of them. None if there is no value.
+    A mean stands at its interval's end. Where an interval holds several records, "low" and "high" are its least and
+    greatest values. None if there is no finite value.
     """
     axes = {axis: log.column(axis) for axis in AXES}
     rows = np.flatnonzero(np.isfinite(values) & np.all([np.isfinite(axis) for axis in axes.values()], axis=0))
     if not len(rows):
         return None
-    stretch = np.arange(len(rows)) * min(points, len(rows)) // len(rows)
+    interval = np.arange(len(rows)) * min(points, len(rows)) // len(rows)
     phase = log.phase_index[rows]
-    starts = np.flatnonzero(np.diff(stretch, prepend=-1) | np.diff(phase, prepend=phase[0]))
+    starts = np.flatnonzero(np.diff(interval, prepend=-1) | np.diff(phase, prepend=phase[0]))
     count = np.diff(starts, append=len(rows))
     y = values[rows]
     result = {axis: _short(column[rows][starts + count - 1]) for axis, column in axes.items()}

@@ -1,40 +1,29 @@
-"""What a run has to show, read from its folder: a short table at its end."""
+"""A run's results, read from its folder: the table that is printed at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ssl_c2f.core.files import read_jsonl
 from ssl_c2f.core.progress import table
 from ssl_c2f.core.run_folder import RunFolder
-
-
-def last_of_phases(records: list[dict[str, Any]]) -> Mapping[str, dict[str, Any]]:
-    """Phase -> the last value of everything that was logged in it."""
-    phases: dict[str, dict[str, Any]] = {}
-    for record in records:
-        phases.setdefault(record["phase"], {}).update(record)
-    return phases
+from ssl_c2f.report.series import read_log
 
 
 def print_summary(run: Path) -> None:
-    """A line for each phase, and the paths of what was made."""
-    phases = last_of_phases(read_jsonl(RunFolder(run).metrics))
-    scores = sorted({key for values in phases.values() for key in values if key.startswith("val/")})
+    """Print a line for each phase, and the paths of the metrics and of each phase's last checkpoint."""
+    folder, log = RunFolder(run), read_log(RunFolder(run).metrics)
+    scores = sorted(name for name in log.names if name.startswith("val/"))
+    rows = []
+    for phase in log.phases:
+        step, clips, flops, seconds = (log.last(phase, n) or 0 for n in ("step", "samples", "flops", "train_seconds"))
+        rows.append((phase, f"{step:.0f}", f"{clips:,.0f}", f"{flops / 1e15:.3g}", f"{seconds:.0f} s",
+                     *(_number(log.last(phase, name)) for name in ("loss", *scores))))
     columns = ("phase", "steps", "clips", "PFLOPs", "time", "loss", *scores)
-    rows = [
-        (name, v["step"], f"{v['samples']:,}", f"{v['flops'] / 1e15:.3g}", f"{v['train_seconds']:.0f} s",
-         _number(v.get("loss")), *(_number(v.get(score)) for score in scores))
-        for name, v in phases.items()
-    ]
     table(f"{run} (totals from the start)", columns, rows)
-    bad = RunFolder(run).bad_files
-    if bad.exists():
-        print(f"{len(read_jsonl(bad))} unreadable files were skipped: {bad}")
-    newest = [found for phase in RunFolder(run).phases() if (found := phase.newest())]
-    for made in [RunFolder(run).metrics, *newest]:
+    if bad := len(read_jsonl(folder.bad_files)):
+        print(f"{bad} unreadable files were skipped: {folder.bad_files}")
+    for made in (folder.metrics, *(newest for phase in folder.phases() if (newest := phase.newest()))):
         print(made)
 
 

@@ -1,7 +1,7 @@
-"""A W&B report about runs: what was run, curves with their phases, costs, pictures, fine-tuning, and the commands.
+"""A W&B report about runs: what was run, curves of each phase, costs, pictures, fine-tuning, and the commands.
 
-It shows W&B runs of its server; tables come from the run folders. Its address is kept in the first run's folder
-(wandb_report.json, by the runs that it is about), so that another time the same report is brought up to date.
+It shows W&B runs of its server; tables come from the run folders. The report's address is kept in the first run's
+folder (wandb_report.json, by the set of runs that it is about), so that the same command updates the same report.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from ssl_c2f.core.files import one_line, read_json, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.provenance import command_line
-from ssl_c2f.core.run_folder import RunFolder
-from ssl_c2f.report import sections
+from ssl_c2f.report import tables
 from ssl_c2f.report.read import Json, RunData, read_runs
+from ssl_c2f.report.tables import Cell
 from ssl_c2f.track.wandb_run import read_facts
 
 KEPT = "wandb_report.json"
@@ -28,14 +28,11 @@ _VIEWS = ("input", "kept", "reconstruction")
 
 @dataclass(frozen=True)
 class Tracked:
-    """A run, and its W&B runs by the folder that their facts lie in."""
+    """A run and what is known of its W&B runs (`wandb_run.read_facts`)."""
 
     data: RunData
     phases: dict[str, Json]  # by phase
     results: dict[str, Json]  # by path within the run: finetune/default/fold-1/phases/0-tune
-
-    def named(self, pattern: str) -> dict[str, Json]:
-        return {name: facts for name, facts in self.results.items() if name.startswith(pattern)}
 
 
 def write_report(paths: Sequence[Path]) -> str:
@@ -66,32 +63,30 @@ def write_report(paths: Sequence[Path]) -> str:
 
 
 def _tracked(run: RunData) -> Tracked:
-    phases = {
-        phase.name: facts for i, phase in enumerate(run.phases)
-        if (facts := read_facts(RunFolder(run.path).phase(i, phase.name).path))
-    }
-    tops = ("finetune", "probe", "evaluation")
-    found = sorted(f.parent for top in tops for f in run.path.glob(f"{top}/**/wandb.json"))
-    results = {name: facts for folder in found if (facts := read_facts(folder))
-               for name in [folder.relative_to(run.path).as_posix()]}
+    phases = {phase.name: facts for phase in run.phases if (facts := read_facts(phase.folder.path))}
+    files = [file for top in ("finetune", "probe", "evaluation") for file in run.path.glob(f"{top}/**/wandb.json")]
+    found = sorted(file.parent for file in files)
+    results = {folder.relative_to(run.path).as_posix(): facts for folder in found if (facts := read_facts(folder))}
     if not phases:
         raise UserError(
             f"{run.path}: no phase of it was tracked by W&B; track runs with tracking.wandb=online, or leave out "
             "--wandb for the page"
         )
+    # W&B keeps a phase's files in the folder of its run, and marks those that `wandb sync` has uploaded
+    folders = [(run.path, facts) for facts in phases.values()]
+    folders += [(run.path / name.partition("/phases/")[0], facts) for name, facts in results.items()]
     waiting = [
-        folder for folder, facts in [*((run.path, f) for f in phases.values()),
-                                     *((run.path / name.partition("/phases/")[0], f) for name, f in results.items())]
+        folder for folder, facts in folders
         if facts["offline"] and not list(folder.glob(f"wandb/offline-run-*-{facts['id']}/*.wandb.synced"))
     ]
     if waiting:
-        folders = " ".join(f"{shlex.quote(str(folder))}/wandb/offline-run-*" for folder in dict.fromkeys(waiting))
-        raise UserError(f"{run.path} was tracked offline; upload it first: wandb sync {folders}")
+        copies = " ".join(f"{shlex.quote(str(folder))}/wandb/offline-run-*" for folder in dict.fromkeys(waiting))
+        raise UserError(f"{run.path} was tracked offline; upload it first: wandb sync {copies}")
     return Tracked(run, phases, results)
 
 
 def _open(wr: Any, paths: Sequence[Path], entity: str, project: str) -> Any:
-    """The report that was made before about the same runs, if its server still has it; else a new one."""
+    """The report that was made earlier about the same runs, if the server still has it; else a new one."""
     kept = read_json(paths[0] / KEPT).get(_about(paths))
     if isinstance(kept, dict) and kept.get("url"):
         try:
@@ -102,19 +97,19 @@ def _open(wr: Any, paths: Sequence[Path], entity: str, project: str) -> Any:
 
 
 def _keep(paths: Sequence[Path], report: Any) -> None:
-    """Beside those of other sets of runs that begin with the same one."""
+    """Keep the report's address, beside those of other sets of runs that begin with the same one."""
     kept = read_json(paths[0] / KEPT) | {_about(paths): {"id": report.id, "url": report.url}}
     write_json(paths[0] / KEPT, kept)
 
 
 def _about(paths: Sequence[Path]) -> str:
-    """A set of runs by their places, seen from the first: they may be moved together."""
+    """The key of a set of runs: their paths relative to the first, so that all of them may be moved together."""
     first = paths[0].resolve()
     return " ".join(sorted({os.path.relpath(path.resolve(), first) for path in paths}))
 
 
 def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
-    """In reading order: what was run, how it went, what it cost, what it saw, what it is good for, how to repeat it."""
+    """The report in reading order."""
     blocks = [
         wr.H2("What was run"), wr.MarkdownBlock(_overview(runs)),
         wr.H2("Training"),
@@ -126,7 +121,7 @@ def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
         wr.H2("Cost"), wr.MarkdownBlock("\n\n".join(map(_costs, runs))),
     ]
     if any(phase.clips for run in runs for phase in run.data.phases):
-        views = [v for v in _VIEWS if any(v in c.pictures for r in runs for p in r.data.phases for c in p.clips)]
+        views = [v for v in _VIEWS if any(v in c.images for r in runs for p in r.data.phases for c in p.clips)]
         keys = [f"pictures/{view}" for view in views]
         panel = wr.MediaBrowser(media_keys=keys, num_columns=3, layout=_wide(wr, 0, 16))
         title = "Input, mask and reconstruction" if len(views) > 1 else "Input"
@@ -173,11 +168,12 @@ def _result_panels(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
     """The fine-tuning curves, and the confusion matrices as tables."""
     grids = []
     for run in runs:
-        tunings = [facts for name, facts in run.named("finetune/").items() if "/phases/" in name]
-        scores = [facts for name, facts in run.named("finetune/").items() if "/phases/" not in name]
-        if tunings:
+        tuned = {name: facts for name, facts in run.results.items() if name.startswith("finetune/")}
+        folds = [facts for name, facts in tuned.items() if "/phases/" in name]
+        scores = [facts for name, facts in tuned.items() if "/phases/" not in name]
+        if folds:
             panel = wr.LinePlot(title="loss", x="samples", y=["loss"], layout=_wide(wr, 0, 8))
-            grids.append(wr.PanelGrid(runsets=[_runset(wr, run, tunings, entity)], panels=[panel]))
+            grids.append(wr.PanelGrid(runsets=[_runset(wr, run, folds, entity)], panels=[panel]))
         if scores and any("confusion" in found for found in run.data.scores.values()):
             table = wr.WeavePanelSummaryTable(table_name="confusion", layout=_wide(wr, 0, 10))
             grids.append(wr.PanelGrid(runsets=[_runset(wr, run, scores, entity)], panels=[table]))
@@ -185,59 +181,41 @@ def _result_panels(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
 
 
 def _overview(runs: Sequence[Tracked]) -> str:
-    columns = ("run", "status", "phases", "compute", "of a single phase", "training time", "validation loss",
-               "validation score", "W&B runs")
     rows = []
     for run in runs:
-        data = run.data
-        last = data.phases[-1].name
-        loss = data.log.last(last, data.validation_loss) if data.validation_loss else None
         links = ", ".join(f"[{name}]({facts['url']})" if facts["url"] else name for name, facts in run.phases.items())
-        rows.append((
-            data.name, data.status, " → ".join(phase.name for phase in data.phases),
-            sections.flops(data.total("flops")), sections.percent(data.plan.get("share_of_single_phase")),
-            sections.seconds(data.total("train_seconds")), loss, sections.percent(data.last_score), links,
-        ))
-    return table(columns, rows)
+        phases = " → ".join(phase.name for phase in run.data.phases)
+        rows.append((run.data.name, run.data.status, phases, *tables.totals(run.data), links))
+    return markdown(("run", "status", "phases", *tables.TOTALS, "W&B runs"), rows)
 
 
 def _costs(run: Tracked) -> str:
-    """What each phase cost, and what a single phase of as many clips at full resolution would."""
-    rows: list[Sequence[Any]] = []
-    before = dict.fromkeys(("flops", "samples", "train_seconds"), 0.0)
-    for phase in run.data.phases:
-        end = {axis: run.data.end(phase.name, axis) for axis in before}
-        if any(value is None for value in end.values()):
-            continue
-        done = {axis: (value or 0.0) - before[axis] for axis, value in end.items()}
-        before = {axis: value or 0.0 for axis, value in end.items()}
-        rows.append((phase.name, phase.plan.get("tokens"), phase.plan.get("kept"), round(done["samples"]),
-                     sections.flops(done["flops"]), sections.seconds(done["train_seconds"])))
-    rows.append(("**all phases**", None, None, round(before["samples"]), sections.flops(before["flops"]),
-                 sections.seconds(before["train_seconds"])))
+    """What each phase cost, and what a single phase of as many clips at full resolution would cost."""
+    def row(name: str, tokens: Cell, kept: Cell, counters: Json) -> tuple[Cell, ...]:
+        return (name, tokens, kept, round(counters["samples"]), tables.flops(counters["flops"]),
+                tables.seconds(counters["train_seconds"]))
+
+    counted = [phase for phase in run.data.phases if {"samples", "flops", "train_seconds"} <= phase.own.keys()]
+    total = {counter: run.data.total(counter) or 0.0 for counter in ("samples", "flops", "train_seconds")}
+    rows = [row(phase.name, phase.plan.get("tokens"), phase.plan.get("kept"), phase.own) for phase in counted]
+    rows.append(row("**all phases**", None, None, total))
     if baseline := run.data.plan.get("single_phase_pflops"):
         clips = sum(phase.plan.get("clips", 0) for phase in run.data.phases)
-        rows.append(("single phase (planned)", None, None, clips, sections.flops(baseline * 1e15), None))
+        rows.append(("single phase (planned)", None, None, clips, tables.flops(baseline * 1e15), None))
     columns = ("phase", "tokens", "kept", "clips", "compute", "time")
-    return f"**{_escape(run.data.name)}**\n\n{table(columns, rows)}"
+    return f"**{_escape(run.data.name)}**\n\n{markdown(columns, rows)}"
 
 
 def _results(runs: Sequence[Tracked]) -> str:
-    tuned, probed = [], []
-    for run in runs:
-        for name, scores in run.data.scores.items():
-            start = "random weights" if scores.get("from_scratch") else "pretrained"
-            kind = "accuracy" if "accuracy" in scores else "mAP"
-            tuned.append((run.data.name, name, start, kind, sections.percent(sections.score(scores)),
-                          sections.interval(scores)))
-        for name, found in run.data.probes.items():
-            probed += [
-                (run.data.name, name, row.get("features"), row.get("readout"),
-                 *(sections.percent((row.get(kind) or {}).get("mean")) for kind in ("linear", "knn")))
-                for row in found.get("rows", [])
-            ]
-    parts = [table(("run", "name", "start", "score", "value", "95 % interval"), tuned)] if tuned else []
-    parts += [table(("run", "recordings", "features", "readout", "linear", "kNN"), probed)] if probed else []
+    tuned = [
+        (run.data.name, name, *tables.scores_row(scores)) for run in runs for name, scores in run.data.scores.items()
+    ]
+    probed = [
+        (run.data.name, name, *row)
+        for run in runs for name, found in run.data.probes.items() for row in tables.probe_rows(found)
+    ]
+    parts = [markdown(("run", "name", *tables.SCORES), tuned)] if tuned else []
+    parts += [markdown(("run", "recordings", *tables.PROBES), probed)] if probed else []
     return "\n\n".join(parts)
 
 
@@ -248,21 +226,11 @@ def _commands(run: RunData) -> list[str]:
     return list(dict.fromkeys(command_line([str(word) for word in words]) for words in found))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; a cell may be (text, number), None is "-"."""
-    lines = [columns, ["---"] * len(columns), *([_text(cell) for cell in row] for row in rows)]
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_escape(tables.text(cell)) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _text(cell: Any) -> str:
-    value = cell[0] if isinstance(cell, tuple) else cell
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else _escape(str(value))
-
-
 def _escape(text: str) -> str:
-    """A name cannot end a cell, and no HTML comes of it."""
+    """Names from outside end no cell of a table, and no HTML comes of them."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -52,7 +52,7 @@ def test_objectives_without_a_comparable_loss_or_with_other_accuracies(tmp_path:
     curves = page.data["runs"][0]["curves"]
     assert set(curves) == {"probe", "loss", "lr", "mask", "tokens", "spread"}
     assert curves["probe"] == page_of(make_run(tmp_path / "plain")).data["runs"][0]["curves"]["probe"]
-    assert "its teacher moves" in page.text
+    assert "its teacher changes" in page.text
 
 
 def test_the_best_fine_tuning_is_of_the_runs_own_weights_and_of_one_metric(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_no_file_from_elsewhere_gets_into_the_page(tmp_path: Path) -> None:
     clip = {"clip": "dog", "pictures": {"a": "../../../../secret", "b": str(secret), "c": "..", "d": "x/0-input.png"}}
     write(pictures / "pictures.json", {"clips": [clip | {"sound": "../../../../secret"}]})
     (shown,) = read_runs([run])[0].phases[0].clips
-    assert list(shown.pictures) == ["d"] and shown.sound is None
+    assert list(shown.images) == ["d"] and shown.sound is None
     assert base64.b64encode(b"planted").decode() not in page_of(run).source
 
 

@@ -32,7 +32,7 @@ def test_nothing_is_said_of_masks_and_neighbours(page: Page) -> None:
 
 
 def test_every_phase_shows_and_plays_its_input(page: Page) -> None:
-    assert "No film strip" not in page.text
+    assert "No pictures" not in page.text
     assert page.tags.count("img") == 3 * 3 and page.tags.count("audio") == 3
     for phase, frame in (("coarse", 40), ("middle", 20), ("fine", 10)):
         assert page.text.count(f"{phase}: frames of {frame} ms") == 3
