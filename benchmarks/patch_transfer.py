@@ -24,10 +24,11 @@ from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import Masking
+from ssl_c2f.data.runner import Runner
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import batches
 from ssl_c2f.train.weights import load_weights, rebuild
 
 DRAWS, RATIO = 20, 0.75
@@ -45,14 +46,13 @@ def recipe(root: str, factor: int, epochs: float, val_folds: list[int]) -> dict[
 
 
 @torch.no_grad()
-def loss(objective: Objective, corpus: Corpus, geometry: Geometry) -> float:
+def loss(objective: Objective, statistics: InputStatistics, geometry: Geometry) -> float:
     """Mean over the held-out clips and all draws."""
+    runner = Runner(statistics.corpus, statistics.front_end(geometry), 50)
+    masking = Masking("uniform", RATIO, (1, 1))
     total = count = 0.0
     for draw in range(DRAWS):
-        for batch in batches(
-            corpus, geometry, corpus.held_out, torch.device("cpu"), 50, per_clip=1,
-            masking=Masking("uniform", RATIO, (1, 1)), draw=draw,
-        ):
+        for batch in runner.batches(runner.corpus.held_out, per_clip=1, masking=masking, draw=draw):
             total, count = total + float(objective(batch).loss) * len(batch.spec), count + len(batch.spec)
     return total / count
 
@@ -68,18 +68,18 @@ def measure(root: str, factor: int, epochs: float, val_folds: list[int]) -> dict
         o = options.load(RunOptions, None, (), recipe(root, factor, epochs, val_folds))
         engine.run(o, folder)
         weights = load_weights(folder)
-        corpus = Corpus.open(o.data, o.seed, folder)
+        corpus = Corpus.open(o.data, o.seed)
     finally:
         shutil.rmtree(folder)
-    objective = rebuild(weights)
-    result = {"coarse": loss(objective, corpus, weights.geometry)}
+    objective, statistics = rebuild(weights), InputStatistics(corpus, weights.statistics)
+    result = {"coarse": loss(objective, statistics, weights.geometry)}
     exact = transfers.resize_kernel
     for name, resize in (("pi_resize", exact), ("interpolation", plain_kernel)):
         fine = o.build(o.fine_geometry, corpus.num_classes)
         transfers.resize_kernel = resize
         fine.load_state_dict(transfer(weights.state, weights.geometry, fine.state_dict(), o.fine_geometry)[0])
         transfers.resize_kernel = exact
-        result[name] = loss(fine.eval(), corpus, o.fine_geometry)
+        result[name] = loss(fine.eval(), statistics, o.fine_geometry)
     return result
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +79,14 @@ def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int
     return training, held_out
 
 
+class Crop(NamedTuple):
+    """A clip of a recording: its waveform, or its log-mel where that is cached."""
+
+    audio: Tensor | None  # (S,)
+    log_mel: Tensor | None  # (T, F), not pooled
+    num_samples: int  # real ones; the rest is padding
+
+
 @dataclass(frozen=True)
 class Source:
     """Crops of a manifest's clips in one geometry: cut from cached spectrograms, or decoded when they are asked for."""
@@ -99,8 +106,8 @@ class Source:
         places = max(self.length(clip) - self.geometry.clip_samples, 0) // step + 1
         return int(draws.integers(draws.key(key, "crop"), places)) * step
 
-    def crop(self, clip: int, start: int) -> tuple[Tensor, int]:
-        """(S,) samples or (T, F) log-mel from sample `start` on, padded with 0, and how many samples are real.
+    def crop(self, clip: int, start: int) -> Crop:
+        """What there is from sample `start` on, padded with 0 to a clip's length.
 
         Raises:
             AudioError: the file cannot be read.
@@ -113,23 +120,13 @@ class Source:
             frames = self.cache[clip][start // g.hop : start // g.hop + num_frames]
             if not len(frames):
                 raise AudioError(self.place(clip), f"ends before sample {start}")
-            return F.pad(frames, (0, 0, 0, num_frames - len(frames))), min(self.length(clip) - start, g.clip_samples)
-        waveform = read_audio(self.place(clip), g.sample_rate, start, g.clip_samples)
-        return F.pad(waveform, (0, g.clip_samples - len(waveform))), len(waveform)
+            log_mel = F.pad(frames, (0, 0, 0, num_frames - len(frames)))
+            return Crop(None, log_mel, min(self.length(clip) - start, g.clip_samples))
+        audio = read_audio(self.place(clip), g.sample_rate, start, g.clip_samples)
+        return Crop(F.pad(audio, (0, g.clip_samples - len(audio))), None, len(audio))
 
     def place(self, clip: int) -> Place:
         return self.manifest.clips[clip].place(self.manifest.root)
-
-    def labels(self, clips: Sequence[int] | Tensor) -> Tensor:
-        """(n, C) of 0 and 1 for n clips."""
-        table = torch.zeros(len(clips), len(self.manifest.classes))
-        for row, clip in zip(table, clips, strict=True):
-            row[[self._column[label] for label in self.manifest.clips[int(clip)].labels]] = 1.0
-        return table
-
-    @cached_property
-    def _column(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.manifest.classes)}
 
 
 def fill_cache(
@@ -175,8 +172,7 @@ BadItems = tuple[tuple[str, str], ...]  # (path, reason) of a batch of which not
 class Item(NamedTuple):
     """One clip on its way to a batch."""
 
-    audio: Tensor
-    num_samples: int
+    crop: Crop
     clip: int
     key: Tensor
     labels: Tensor
@@ -209,8 +205,8 @@ class TrainingClips(Dataset[Item]):
         bad: list[tuple[str, str]] = []
         for attempt in range(_REPLACEMENTS):
             try:
-                audio, num_samples = self.source.crop(clip, self.source.random_start(clip, key))
-                return Item(audio, num_samples, clip, key, self.source.labels([clip])[0], bad=tuple(bad))
+                crop = self.source.crop(clip, self.source.random_start(clip, key))
+                return Item(crop, clip, key, self.source.manifest.labels([clip])[0], bad=tuple(bad))
             except AudioError as error:
                 bad.append((self.source.manifest.clips[clip].path, error.reason))
                 clip = self.clips[int(draws.integers(draws.key(key, "replacement", attempt), len(self.clips)))]
@@ -242,10 +238,10 @@ class Windows(Dataset[Item | tuple[str, str]]):
     def __getitem__(self, window: int) -> Item | tuple[str, str]:
         clip, start = self.windows[window]
         try:
-            audio, num_samples = self.source.crop(clip, start)
+            crop = self.source.crop(clip, start)
         except AudioError as error:
             return self.source.manifest.clips[clip].path, error.reason
-        return Item(audio, num_samples, clip, draws.key(self.seed, clip, start), self.source.labels([clip])[0])
+        return Item(crop, clip, draws.key(self.seed, clip, start), self.source.manifest.labels([clip])[0])
 
 
 def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
@@ -256,9 +252,11 @@ def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
         return bad
     partners = [item.partner for item in good if item.partner is not None]
     partner = collate(partners)
+    audio, log_mel, num_samples = zip(*(item.crop for item in good), strict=True)
     return Items(
-        audio=torch.stack([item.audio for item in good]),
-        num_samples=torch.tensor([item.num_samples for item in good]),
+        audio=None if audio[0] is None else torch.stack(audio),
+        log_mel=None if log_mel[0] is None else torch.stack(log_mel),
+        num_samples=torch.tensor(num_samples),
         index=torch.tensor([item.clip for item in good]),
         keys=torch.stack([item.key for item in good]),
         labels=torch.stack([item.labels for item in good]),

@@ -1,4 +1,4 @@
-"""From the audio that a loader hands over to the batch that an objective learns from, on the device.
+"""From the audio of a loader to the batch of an objective, on the device: spectrograms, augmentation, masks.
 
 Legend: B batch, S samples, T frames, F mel bins, N tokens, C classes.
 """
@@ -23,9 +23,9 @@ from ssl_c2f.data.spectrogram import Fbank
 
 @dataclass(frozen=True)
 class Items:
-    """What a loader hands over: crops, as samples (B, S) or, from the cache, as unpooled log-mel (B, T, F)."""
+    """A batch of crops from a loader: waveforms, or the log-mel of those whose recordings are cached."""
 
-    audio: Tensor
+    audio: Tensor | None  # (B, S); None where `log_mel` is given
     num_samples: Tensor  # (B,) real samples of the crop
     index: Tensor  # (B,) clip of the set
     keys: Tensor  # (B,) of (seed, epoch, clip)
@@ -33,6 +33,7 @@ class Items:
     partner: Items | None = None  # what each clip is mixed with ...
     share: Tensor | None = None  # ... and (B,) the weight of the clip itself
     bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of files that could not be read and were replaced
+    log_mel: Tensor | None = None  # (B, T, F), not pooled
 
     def to(self, device: torch.device) -> Items:
         moved: dict[str, Any] = {
@@ -94,22 +95,22 @@ class FrontEnd(nn.Module):
         self.fbank = Fbank(g.sample_rate, g.hop, g.window, g.num_mels, g.f_min, g.f_max)
 
     def log_mel(self, audio: Tensor) -> Tensor:
-        """(B, S) -> (B, T, F) before pooling; what comes as (B, T, F) is that already."""
-        if audio.ndim == 3:
-            return audio
+        """(B, S) -> (B, T, F) before pooling."""
         spec: Tensor = self.fbank(F.pad(audio, (0, max(0, self.geometry.window - audio.shape[1]))))
         return spec
 
-    def spectrogram(self, audio: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) or (B, T, F), (B,) -> log-mel (B, T, F) compressed but not normalised, and (B,) its real frames."""
-        g, spec = self.geometry, self.log_mel(audio)
-        if g.pool_kind != "none":
-            spec = pool_time(spec, g.raw_frames(num_samples), g.pool, g.pool_kind)
-        return spec, g.frames(num_samples)
+    def compress(self, log_mel: Tensor, num_samples: Tensor) -> Tensor:
+        """(B, T, F) of clips of (B,) real samples -> (B, T / pool, F): what one sees of it in this geometry."""
+        g = self.geometry
+        return log_mel if g.pool_kind == "none" else pool_time(log_mel, g.raw_frames(num_samples), g.pool, g.pool_kind)
 
     def _input(self, items: Items) -> tuple[Tensor, Tensor]:
         """Normalised, padded with 0 to the geometry's frames."""
-        spec, num_frames = self.spectrogram(items.audio, items.num_samples)
+        log_mel = items.log_mel
+        if log_mel is None:
+            assert items.audio is not None
+            log_mel = self.log_mel(items.audio)
+        spec, num_frames = self.compress(log_mel, items.num_samples), self.geometry.frames(items.num_samples)
         spec = (spec - self.statistics.mean) / (self.statistics.factor * self.statistics.std)
         spec = F.pad(spec, (0, 0, 0, self.geometry.num_frames - spec.shape[1]))
         frames = torch.arange(spec.shape[1], device=spec.device)
@@ -117,7 +118,8 @@ class FrontEnd(nn.Module):
 
     @torch.no_grad()
     def forward(self, items: Items, masking: Masking | None = None, augment: AugmentOptions | None = None) -> Batch:
-        g = self.geometry
+        """The batch on the device of this module, wherever the items are."""
+        g, items = self.geometry, items.to(self.fbank.hann.device)
         spec, num_frames = self._input(items)
         labels = items.labels
         if items.partner is not None and items.share is not None:

@@ -1,4 +1,7 @@
-"""Which clips a data set holds: found in a folder, or listed in a CSV or JSONL file."""
+"""Which clips a data set holds: found in a folder, or listed in a CSV or JSONL file.
+
+Axes: n clips, C classes.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
+from torch import Tensor
 
 from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
@@ -52,6 +59,17 @@ class Manifest:
     clips: tuple[Clip, ...]
     classes: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()
+
+    def labels(self, clips: Sequence[int] | Tensor) -> Tensor:
+        """(n, C) of 0 and 1 for the clips of n indices."""
+        labels = torch.zeros(len(clips), len(self.classes))
+        for row, clip in zip(labels, clips, strict=True):
+            row[[self._column[label] for label in self.clips[int(clip)].labels]] = 1.0
+        return labels
+
+    @cached_property
+    def _column(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
 
 
 def scan(root: Path, *, fold_pattern: str | None = None, progress: Progress | None = None) -> Manifest:

@@ -16,6 +16,7 @@ from ssl_c2f.data.dataset import DataOptions, open_manifest
 from ssl_c2f.data.decode import AudioError, read_audio
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
 from ssl_c2f.data.shards import write_shards
+from ssl_c2f.data.statistics import InputStatistics
 
 
 class DataCommandOptions(Options):
@@ -96,10 +97,11 @@ def stats(options: DataCommandOptions) -> None:
         table("labels", ("label", "clips"), counts.most_common())
     everything = list(range(len(found.clips)))
     corpus = Corpus(found, everything, [], options.data, 0, BadFiles(None, options.data.max_bad_files))
+    statistics = InputStatistics(corpus)
     factors = [(factor, None) for factor in options.time_factors]
     rows = []
     for geometry in make_geometries(options.audio, options.compression, (options.audio.num_mels, 1), factors):
-        measured = corpus.statistics(geometry)
+        measured = statistics.of(geometry)
         corpus.forget()
         hop = f"{geometry.hop_ms * geometry.pool:g} ms"
         rows.append((geometry.time_factor, hop, f"{measured.mean:.4f}", f"{measured.std:.4f}"))

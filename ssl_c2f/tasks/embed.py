@@ -18,7 +18,7 @@ from ssl_c2f.core.files import write_bytes, write_csv
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.models.heads import Readout
-from ssl_c2f.tasks.inference import RecordingOptions, in_folds, open_corpus, open_model, run_windows, tell_bad
+from ssl_c2f.tasks.inference import RecordingOptions, in_folds, open_model, open_runner, run_windows, tell_bad
 
 ENDINGS = (".npz", ".safetensors", ".csv")
 
@@ -42,8 +42,9 @@ def embed(ckpt: Path, options: EmbedOptions) -> Path:
         raise UserError(f"out: {file} should end in {', '.join(ENDINGS)}")
     model = open_model(ckpt, options)
     manifest = open_manifest(options.data)
-    corpus = open_corpus(manifest, in_folds(manifest, options.folds), options.data, model)
-    rows = run_windows(model, corpus, lambda batch: model.objective.embed(batch, options.readout), "embedding windows")
+    runner = open_runner(manifest, in_folds(manifest, options.folds), options.data, model)
+    corpus = runner.corpus
+    rows = run_windows(runner, lambda batch: model.objective.embed(batch, options.readout), "embedding windows")
     values, index = (rows.values, rows.clip) if options.windows else rows.by_clip()
     clips = [corpus.manifest.clips[i] for i in index.tolist()]
     write_features(

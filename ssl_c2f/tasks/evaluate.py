@@ -32,8 +32,8 @@ from ssl_c2f.tasks.inference import (
     Model,
     RecordingOptions,
     in_folds,
-    open_corpus,
     open_model,
+    open_runner,
     run_of,
     run_windows,
     tell_bad,
@@ -64,8 +64,9 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     if unlabelled := len(chosen) - len(labelled):
         print(f"without a label, and so left out: {unlabelled} of {len(chosen)} recordings")
     _check_labels(manifest, labelled, model)
-    corpus = open_corpus(manifest, labelled, options.data, model, model.classes)
-    scores, found = run_windows(model, corpus, classifier.scores, "scoring windows").by_clip()
+    runner = open_runner(manifest, labelled, options.data, model, model.classes)
+    corpus = runner.corpus
+    scores, found = run_windows(runner, classifier.scores, "scoring windows").by_clip()
     seen = seen_in_training(model.weights, manifest, labelled)
     if seen:
         print(f"note: the model was trained on {seen} of these {len(labelled)} recordings")
@@ -74,7 +75,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     folder = Path(options.out) if options.out else run_of(model.weights) / "evaluation" / name
     result = write_scores(
         folder, [corpus.manifest.clips[i].path for i in found.tolist()], scores,
-        corpus.source(model.geometry).labels(found), model.classes,
+        corpus.manifest.labels(found), model.classes,
         {
             "checkpoint": model.weights.origin, "resolution": options.resolution, "only_folds": list(options.folds),
             "seen_in_training": seen, "unlabelled": unlabelled, "bad_files": tell_bad(corpus.bad.seen),

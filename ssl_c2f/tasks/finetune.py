@@ -18,12 +18,14 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import split
-from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.data.runner import Runner
+from ssl_c2f.data.statistics import InputStatistics
+from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
 from ssl_c2f.tasks.evaluate import print_scores, write_scores
 from ssl_c2f.tasks.inference import run_of
 from ssl_c2f.train import engine, metrics, publish
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import at_full_resolution, clip_scores
+from ssl_c2f.train.validate import at_full_resolution
 from ssl_c2f.train.weights import Weights, Which, load_weights
 
 
@@ -66,24 +68,21 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         weights = replace(weights, statistics={})
     folder = Path(options.run_dir) if options.run_dir else RunFolder(run_of(weights)).finetuning(options.name).path
     check_origin(folder, weights.origin)
-    everything = Corpus.open(
-        options.data, options.seed, folder, main=distributed.init(options.train.device).is_main
-    )
+    is_main = distributed.init(options.train.device).is_main
+    everything = Corpus.open(options.data, options.seed, RunFolder(folder).bad_files if is_main else None)
     scored: dict[int | None, tuple[Tensor, Tensor]] = {}
     for fold in _folds(options, everything):
         path = folder if fold is None else RunFolder(folder).fold(fold).path
         data = options.data.model_copy(update={"val_folds": () if fold is None else (fold,)})
         part = options.model_copy(update={"data": data})
         training, held_out = split(everything.manifest, data)
-        corpus = replace(
-            everything, training=training, held_out=held_out, folder=path, given=dict(weights.statistics),
-            factor=factor, _statistics={},
-        )
+        corpus = replace(everything, training=training, held_out=held_out)
+        statistics = InputStatistics(corpus, weights.statistics, RunFolder(path), factor)
         initial = None if options.from_scratch else weights
         group = publish.group_of(weights.origin)
-        engine.run(part, path, initial=initial, corpus=corpus, stop=stop, kind="finetune", group=group)
+        engine.run(part, path, initial=initial, statistics=statistics, stop=stop, kind="finetune", group=group)
         if held_out and report:
-            scored[fold] = _score(part, path, corpus)
+            scored[fold] = _score(part, path, statistics)
     if report and not scored:
         print("no score: no recording was held out (they have no folds); data.val_fraction=0.2 holds a share out")
     if scored:
@@ -122,14 +121,14 @@ def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:
     return [*options.folds]
 
 
-def _score(options: FinetuneOptions, path: Path, corpus: Corpus) -> tuple[Tensor, Tensor]:
+def _score(options: FinetuneOptions, path: Path, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
     """(n, C) scores of the fold's held-out clips, and (n,) which clips they are."""
-    device = distributed.init(options.train.device).device
+    device, corpus = distributed.init(options.train.device).device, statistics.corpus
     tuned = load_weights(path, options.weights)
     model = at_full_resolution(options, tuned.state, tuned.geometry, corpus.num_classes, device)
-    return clip_scores(
-        model, corpus, options.fine_geometry, corpus.held_out, device, options.evaluation.batch_size
-    )
+    assert isinstance(model, Supervised)
+    front_end = statistics.front_end(options.fine_geometry).to(device)
+    return Runner(corpus, front_end, options.evaluation.batch_size).run(model.scores, corpus.held_out).by_clip()
 
 
 def _report(
@@ -139,14 +138,14 @@ def _report(
     """Scores over all held-out clips together and per fold: printed, and in scores.json and predictions.csv."""
     if not distributed.init(options.train.device).is_main:
         return
-    source = corpus.source(options.fine_geometry)
-    by_fold = {fold: metrics.score(scores, source.labels(clips)) for fold, (scores, clips) in scored.items()}
+    labels_of = corpus.manifest.labels
+    by_fold = {fold: metrics.score(scores, labels_of(clips)) for fold, (scores, clips) in scored.items()}
     scores, clips = (torch.cat(parts) for parts in zip(*scored.values(), strict=True))
     extra = {
         "checkpoint": weights.origin, "from_scratch": options.from_scratch,
         "folds": {str(fold): values for fold, values in by_fold.items() if fold is not None},
     }
     paths = [corpus.manifest.clips[i].path for i in clips.tolist()]
-    result = write_scores(folder, paths, scores, source.labels(clips), corpus.manifest.classes, extra)
+    result = write_scores(folder, paths, scores, labels_of(clips), corpus.manifest.classes, extra)
     print_scores(result)
     publish.show_scores(weights.origin, folder, "finetune", result, options.tracking)

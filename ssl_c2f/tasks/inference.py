@@ -23,9 +23,11 @@ from ssl_c2f.data.corpus import BadFiles, Corpus
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.manifest import Manifest
+from ssl_c2f.data.runner import Rows, Runner
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import at_full_resolution, batches, mean_by_clip
+from ssl_c2f.train.validate import at_full_resolution
 from ssl_c2f.train.weights import Weights, Which, load_weights, rebuild, results_folder, run_options
 
 
@@ -70,20 +72,6 @@ class Model:
         return self.weights.classes if self.options.objective.name == "supervised" else ()
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Values of windows, in the order of clips and then of time."""
-
-    values: Tensor  # (W, D) float32
-    clip: Tensor  # (W,) index into the corpus
-    start: Tensor  # (W,) seconds into the recording
-    frames: Tensor  # (W,) real frames
-
-    def by_clip(self) -> tuple[Tensor, Tensor]:
-        """(n, D) means over the frames of each clip, and (n,) which clips, ascending."""
-        return mean_by_clip(self.values, self.clip, self.frames)
-
-
 def open_model(ckpt: Path, options: InferenceOptions) -> Model:
     """Raises UserError: no such checkpoint, or no such device."""
     weights, device = load_weights(ckpt, options.weights), distributed.init(options.device).device
@@ -112,10 +100,10 @@ def in_folds(manifest: Manifest, folds: Sequence[int]) -> list[int]:
     return [i for i, clip in enumerate(manifest.clips) if not folds or clip.fold in folds]
 
 
-def open_corpus(
+def open_runner(
     manifest: Manifest, clips: Sequence[int], data: DataOptions, model: Model, classes: Sequence[str] | None = None
-) -> Corpus:
-    """The chosen clips with the checkpoint's own statistics. Columns of labels are `classes`, by default their own.
+) -> Runner:
+    """Reads the chosen recordings as the model needs them. Columns of labels are `classes`, by default their own.
 
     Raises:
         UserError: none is chosen, or more unreadable files than data.max_bad_files.
@@ -127,41 +115,19 @@ def open_corpus(
         classes = sorted({label for clip in chosen for label in clip.labels})
     bad = BadFiles(None, data.max_bad_files)
     bad.add(manifest.bad)
-    return Corpus(
-        replace(manifest, clips=chosen, classes=tuple(classes)), list(range(len(chosen))), [], data, 0, bad,
-        given=dict(model.weights.statistics),
-    )
+    corpus = Corpus(replace(manifest, clips=chosen, classes=tuple(classes)), list(range(len(chosen))), [], data, 0, bad)
+    front_end = InputStatistics(corpus, model.weights.statistics).front_end(model.geometry).to(model.device)
+    return Runner(corpus, front_end, model.batch_size)
 
 
-@torch.no_grad()
-def run_windows(model: Model, corpus: Corpus, read: Callable[[Batch], Tensor], title: str) -> Rows:
-    """Read (B, D) values off each batch of the windows that cover the recordings of a corpus.
-
-    A recording of which any part cannot be read is left out whole; `tell_bad` names it.
-
-    Raises:
-        UserError: none can be read, or more cannot be than data.max_bad_files.
-    """
-    everything = range(len(corpus.manifest.clips))
+def run_windows(runner: Runner, read: Callable[[Batch], Tensor], title: str) -> Rows:
+    """`Runner.run` over all recordings, with its progress shown."""
+    corpus = runner.corpus
     with Count("reading recordings") as count:
         corpus.progress = count.update
-        planned = corpus.windows(model.geometry, everything).windows
-    parts, done = [], 0
+        corpus.source(runner.front_end.geometry)  # fills the cache
     with Count(title) as count:
-        for batch in batches(corpus, model.geometry, everything, model.device, model.batch_size):
-            parts.append((read(batch).float().cpu(), batch.index.cpu(), batch.num_frames.cpu()))
-            done += len(batch.index)
-            count.update(done, len(planned))
-    unreadable = {i for i in everything if corpus.manifest.clips[i].path in corpus.bad.seen}
-    if len(unreadable) == len(everything):
-        path, reason = next(iter(corpus.bad.seen.items()))
-        raise UserError(f"none of {len(corpus.bad.seen)} recordings can be read; {path}: {reason}")
-    values, index, frames = (torch.cat(column) for column in zip(*parts, strict=True))
-    kept = torch.tensor([i not in unreadable for i in index.tolist()])
-    starts = torch.tensor([start for clip, start in planned if clip not in unreadable]) / model.geometry.sample_rate
-    rows = Rows(values[kept], index[kept], starts, frames[kept])
-    assert len(rows.clip) == len(rows.start)
-    return rows
+        return runner.run(read, corpus.training, progress=count.update)
 
 
 def tell_bad(bad: Mapping[str, str]) -> dict[str, str]:

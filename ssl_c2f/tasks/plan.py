@@ -21,6 +21,7 @@ from ssl_c2f.data.dataset import open_manifest, split
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.sampler import micro_batches
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.train.engine import noise, train_step
 from ssl_c2f.train.recipe import RunOptions, make_plan, plan_rows
 from ssl_c2f.train.state import Run, build, prepare
@@ -60,7 +61,8 @@ def _measure(options: RunOptions, clips: int, num_classes: int) -> None:
     manifest = Manifest(nothing, (), tuple(f"class {i}" for i in range(num_classes)))
     corpus = Corpus(manifest, [], [], options.data, options.seed, BadFiles(None, 0))
     dist = distributed.init(options.train.device)
-    run = Run(options, RunFolder(nothing), corpus, options.curriculum(clips, num_classes), dist, None, Stop(), "plan")
+    curriculum, statistics = options.curriculum(clips, num_classes), InputStatistics(corpus)
+    run = Run(options, RunFolder(nothing), statistics, curriculum, dist, None, Stop(), "plan")
     rows = [_measured(run, phase) for phase in run.curriculum.phases]
     hours = sum(float(row[-1]) for row in rows)
     memory = "peak memory" if dist.device.type == "cuda" else "peak memory of the process"

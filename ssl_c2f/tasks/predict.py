@@ -19,7 +19,7 @@ from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.decode import AudioError, read_header
 from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest
 from ssl_c2f.tasks.evaluate import predicted, require_classifier
-from ssl_c2f.tasks.inference import InferenceOptions, Model, open_corpus, open_model, run_windows, tell_bad
+from ssl_c2f.tasks.inference import InferenceOptions, Model, open_model, open_runner, run_windows, tell_bad
 
 
 class PredictOptions(InferenceOptions):
@@ -101,9 +101,10 @@ def listed(files: Sequence[Path]) -> Manifest:
 def _predictions(model: Model, manifest: Manifest, data: DataOptions, timeline: bool) -> list[Prediction]:
     classifier = require_classifier(model)
     several = classifier.options.labels == "multi"
-    corpus = open_corpus(manifest, range(len(manifest.clips)), data, model)
+    runner = open_runner(manifest, range(len(manifest.clips)), data, model)
+    corpus = runner.corpus
     try:
-        rows = run_windows(model, corpus, classifier.scores, "labelling windows")
+        rows = run_windows(runner, classifier.scores, "labelling windows")
     finally:
         tell_bad(corpus.bad.seen)
     window = model.geometry.clip_samples / model.geometry.sample_rate

@@ -20,16 +20,16 @@ from ssl_c2f.core import draws
 from ssl_c2f.core.files import write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import Count, table
-from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.data.front_end import Batch
+from ssl_c2f.data.runner import Runner
 from ssl_c2f.tasks.evaluate import data_name, finite, shown
 from ssl_c2f.tasks.inference import (
     Model,
     RecordingOptions,
     in_folds,
-    open_corpus,
     open_model,
+    open_runner,
     run_of,
     run_windows,
     tell_bad,
@@ -64,14 +64,15 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
     """
     model = open_model(ckpt, options)
     manifest = open_manifest(options.data)
-    corpus = open_corpus(
+    runner = open_runner(
         manifest, [i for i in in_folds(manifest, options.folds) if manifest.clips[i].labels], options.data, model
     )
+    corpus = runner.corpus
     if corpus.num_classes < 2:
         raise UserError(f"{manifest.root}: a probe needs recordings of at least two classes")
-    features, found = _features(model, corpus, _readers(model, options))
+    features, found = _features(runner, _readers(model, options))
     bad = tell_bad(corpus.bad.seen)
-    labels = corpus.source(model.geometry).labels(found)
+    labels = corpus.manifest.labels(found)
     folds, split = choose_folds([corpus.manifest.clips[i].fold for i in found.tolist()], labels, options)
     rows = _probe_all(features, labels, folds, options)
     result: dict[str, Any] = finite({
@@ -108,7 +109,7 @@ def log_mel_statistics(batch: Batch) -> Tensor:
     return torch.cat([mean, variance.sqrt()], dim=1)
 
 
-def _features(model: Model, corpus: Corpus, readers: Mapping[str, Reader]) -> tuple[dict[str, Tensor], Tensor]:
+def _features(runner: Runner, readers: Mapping[str, Reader]) -> tuple[dict[str, Tensor], Tensor]:
     """(n, 2 D) of each reader, all from one pass over the recordings, and (n,) which clips."""
     widths: dict[str, int] = {}
 
@@ -117,7 +118,7 @@ def _features(model: Model, corpus: Corpus, readers: Mapping[str, Reader]) -> tu
         widths.update({name: part.shape[1] for name, part in parts.items()})
         return torch.cat(list(parts.values()), dim=1)
 
-    rows, found = run_windows(model, corpus, read, "reading features").by_clip()
+    rows, found = run_windows(runner, read, "reading features").by_clip()
     return dict(zip(readers, torch.split(rows, list(widths.values()), dim=1), strict=True)), found
 
 

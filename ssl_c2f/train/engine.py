@@ -30,6 +30,7 @@ from ssl_c2f.data.dataset import TrainingClips, make_loader
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import fingerprint
 from ssl_c2f.data.sampler import micro_batches, positions
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import StepResult
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.track.tracker import Tracker
@@ -62,7 +63,7 @@ class Step:
 
 def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], front_end: FrontEnd) -> Step:
     """One step of the optimiser over the device's share of the global batch, in micro-batches."""
-    o, device, phase = run.options, run.dist.device, place.phase
+    o, phase = run.options, place.phase
     lr = learning_rate(place, o.optim.schedule)
     optim.set_learning_rate(t.optimizer, lr)
     torch.manual_seed(draws.seed(o.seed, t.step, run.dist.rank, "step"))  # drop path draws from torch's own generator
@@ -73,7 +74,7 @@ def train_step(run: Run, t: Training, place: Place, loader: Iterator[Items], fro
         items = _next(loader)
         waited += time.perf_counter() - began
         run.corpus.bad.add(items.bad)
-        batch = front_end(items.to(device), o.masking(phase, t.objective), o.augment)
+        batch = front_end(items, o.masking(phase, t.objective), o.augment)
         with _no_sync(t.model, i < len(sizes) - 1), _autocast(run):
             result: StepResult = t.model(batch)
         share = size / sum(sizes)
@@ -143,8 +144,8 @@ def train_phase(run: Run, phase: Phase) -> None:
         with tracker or contextlib.nullcontext():
             _train(run, phase, t, tracker, progress)
             if tracker:
-                masking = run.options.masking(phase, t.objective)
-                save_pictures(run.phase_folder(phase).pictures, t.objective, run.corpus, masking, run.dist.device)
+                masking, runner = run.options.masking(phase, t.objective), run.runner(t.objective.geometry)
+                save_pictures(run.phase_folder(phase).pictures, t.objective, runner, masking)
                 publish.show_phase(tracker, run, phase)
     if run.dist.is_main:
         run.phase_folder(phase).mark_done(t.step, **run.counters(t.step), train_seconds=t.train_seconds)
@@ -153,7 +154,7 @@ def train_phase(run: Run, phase: Phase) -> None:
 
 def _train(run: Run, phase: Phase, t: Training, tracker: Tracker | None, progress: Progress) -> None:
     o, geometry, corpus = run.options, run.options.geometries[phase.index], run.corpus
-    front_end = corpus.front_end(geometry).to(run.dist.device)
+    front_end = run.statistics.front_end(geometry).to(run.dist.device)
     clips = TrainingClips(corpus.source(geometry), corpus.training, o.seed, o.augment)
     batches = positions(
         run.curriculum, t.step, phase.last_step, run.dist.rank, run.dist.world, o.train.max_batch_per_device
@@ -230,7 +231,7 @@ def _validate(
         geometry, device = run.options.geometries[phase.index], run.dist.device
         fine = at_full_resolution(run.options, state, geometry, run.corpus.num_classes, device)
         try:
-            result = validate(fine, run.options, run.corpus, device, stop)
+            result = validate(fine, run.options, run.runner(run.options.fine_geometry, stop))
         except Abandoned:
             stopped = True
         else:
@@ -285,8 +286,8 @@ def noise(run: Run, phase: Phase, size: int) -> Items:
 
 
 def open_run(
-    options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None, corpus: Corpus | None,
-    kind: str, group: str = "",
+    options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None,
+    statistics: InputStatistics | None, kind: str, group: str = "",
 ) -> Run:
     """Open or create a run folder, its recordings, statistics and plan.
 
@@ -299,10 +300,10 @@ def open_run(
     folder, text = RunFolder(path), option_files.dump(options)
     if dist.is_main and folder.config.exists():
         check_options(options, folder)
-    if corpus is None:
-        corpus = Corpus.open(options.data, options.seed, path, main=dist.is_main)
-    if initial:
-        corpus.given.update(initial.statistics)
+    if statistics is None:
+        opened = Corpus.open(options.data, options.seed, folder.bad_files if dist.is_main else None)
+        statistics = InputStatistics(opened, initial.statistics if initial else {}, folder)
+    corpus = statistics.corpus
     _check_labels(options, corpus)
     curriculum = options.curriculum(len(corpus.training), corpus.num_classes)
     if dist.is_main:
@@ -312,9 +313,9 @@ def open_run(
         plan = make_plan(options, len(corpus.training), corpus.num_classes)
         write_json(folder.plan, plan.to_dict())
         for geometry in {*options.geometries, options.fine_geometry}:
-            corpus.statistics(geometry)
+            statistics.of(geometry)
     dist.barrier()
-    return Run(options, folder, corpus, curriculum, dist, initial, stop, kind, group or path.resolve().name)
+    return Run(options, folder, statistics, curriculum, dist, initial, stop, kind, group or path.resolve().name)
 
 
 def check_options(options: RunOptions, folder: RunFolder) -> None:
@@ -355,7 +356,7 @@ def _check_recordings(folder: RunFolder, corpus: Corpus) -> None:
 
 
 def run(
-    options: RunOptions, path: Path, *, initial: Weights | None = None, corpus: Corpus | None = None,
+    options: RunOptions, path: Path, *, initial: Weights | None = None, statistics: InputStatistics | None = None,
     only: Collection[str] | None = None, stop: Stop | None = None, kind: str = "pretrain",
     group: str = "",
 ) -> RunFolder:
@@ -370,7 +371,7 @@ def run(
     dist, stop = distributed.init(options.train.device), stop or Stop()
     lock = RunFolder(path).lock() if dist.is_main else contextlib.nullcontext()
     with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
-        job = open_run(options, path, dist, stop, initial, corpus, kind, group)
+        job = open_run(options, path, dist, stop, initial, statistics, kind, group)
         wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
         todo = dist.broadcast_object([p for p in wanted if not job.phase_folder(p).is_done()])  # all see what one saw
         if dead:

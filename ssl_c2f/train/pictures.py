@@ -6,6 +6,7 @@ Legend: B batch, T frames, F mel bins. In the images time runs to the right, fre
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import spread
 from ssl_c2f.data.decode import AudioError, read_audio
 from ssl_c2f.data.front_end import Batch, Masking
+from ssl_c2f.data.runner import Runner
 from ssl_c2f.objectives import Objective
-from ssl_c2f.train.validate import batches
 
 LEVELS = 255  # colours of the scale; one more entry of the palette is for NaN
 NOTHING = (128, 128, 128)  # NaN: not kept
@@ -99,9 +100,9 @@ def chosen_clips(corpus: Corpus, count: int = 3) -> list[int]:
 
 
 def save_pictures(
-    folder: Path, objective: Objective, corpus: Corpus, masking: Masking | None, device: torch.device, *, count: int = 3
+    folder: Path, objective: Objective, runner: Runner, masking: Masking | None, *, count: int = 3
 ) -> dict[str, Path]:
-    """Write pictures and sound of a few clips in the geometry of `objective`, and pictures.json, which describes them.
+    """Write pictures and sound of a few clips as `runner` reads them, and pictures.json, which describes them.
 
     The objective is put into evaluation mode for it, and back.
 
@@ -111,12 +112,13 @@ def save_pictures(
     Raises:
         UserError: the folder cannot be written, or there are too many unreadable recordings.
     """
-    geometry, clips = objective.geometry, chosen_clips(corpus, count)
+    corpus, geometry = runner.corpus, objective.geometry
+    clips = chosen_clips(corpus, count)
     was_training = objective.training
     objective.eval()
     found: list[dict[str, Any]] = []
     files: dict[str, Path] = {}
-    for batch in batches(corpus, geometry, clips, device, len(clips), per_clip=1, masking=masking):
+    for batch in replace(runner, batch_size=len(clips)).batches(clips, per_clip=1, masking=masking):
         strip = film_strip(objective, batch)
         for i, clip in enumerate(batch.index.tolist()):
             header = corpus.manifest.clips[clip]

@@ -24,6 +24,8 @@ from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.curriculum.phases import Curriculum, Phase
 from ssl_c2f.curriculum.transfer import TransferReport, transfer
 from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.runner import Runner
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.train import optim
 from ssl_c2f.train.recipe import RunOptions
@@ -36,13 +38,17 @@ class Run:
 
     options: RunOptions
     folder: RunFolder
-    corpus: Corpus
+    statistics: InputStatistics
     curriculum: Curriculum
     dist: distributed.Dist
     initial: Weights | None
     stop: Stop
     kind: str
     group: str = ""  # of its W&B runs
+
+    @property
+    def corpus(self) -> Corpus:
+        return self.statistics.corpus
 
     def phase_folder(self, phase: Phase) -> PhaseFolder:
         return self.folder.phase(phase.index, phase.name)
@@ -57,6 +63,11 @@ class Run:
         """Tokens that the encoder sees, and FLOPs of a training step, for one clip of a phase."""
         parts = self.options.parts(index, self.corpus.num_classes)
         return cost.seen_tokens(parts), cost.step_flops(parts)
+
+    def runner(self, geometry: Geometry, stop: Stop | None = None) -> Runner:
+        """Reads windows in a geometry, on this process's device."""
+        front_end = self.statistics.front_end(geometry).to(self.dist.device)
+        return Runner(self.corpus, front_end, self.options.evaluation.batch_size, stop)
 
     def counters(self, step: int) -> dict[str, float]:
         """Samples, tokens and FLOPs that are behind a step: functions of the step alone."""
@@ -171,7 +182,7 @@ def save(run: Run, phase: Phase, t: Training) -> None:
     state = {
         "step": t.step, "phase": phase.name, "train_seconds": t.train_seconds, "skipped": t.skipped,
         "geometry": geometry.to_dict(),
-        "statistics": {g.digest(): asdict(run.corpus.statistics(g)) for g in (geometry, o.fine_geometry)},
+        "statistics": {g.digest(): asdict(run.statistics.of(g)) for g in (geometry, o.fine_geometry)},
         "classes": list(run.corpus.manifest.classes),
         "options": o.model_dump(mode="json", include={"audio", "model", "objective", "compression", "seed", "ema"}),
     }

@@ -22,7 +22,7 @@ def geometry(factor: int) -> Geometry:
 
 
 def corpus(root: Path, **options: float) -> Corpus:
-    return Corpus.open(DataOptions.model_validate({"root": str(root), **options}), 0, None)
+    return Corpus.open(DataOptions.model_validate({"root": str(root), **options}), 0)
 
 
 def test_long_recordings_are_never_in_memory_whole(tmp_path: Path) -> None:

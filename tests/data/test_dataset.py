@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometry
 from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.corpus import BadFiles, Corpus
@@ -37,6 +38,7 @@ from ssl_c2f.data.dataset import (
 from ssl_c2f.data.decode import AudioError
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import Clip, Manifest
+from ssl_c2f.data.statistics import InputStatistics
 
 RATE = 8000
 AUDIO = AudioOptions(sample_rate=RATE, num_mels=16, clip_seconds=0.5)
@@ -78,8 +80,8 @@ def cached(source: Source) -> Source:
 def same(a: Item, b: Item) -> bool:
     if (a.partner is None) != (b.partner is None) or (a.partner and b.partner and not same(a.partner, b.partner)):
         return False
-    tensors = all(torch.equal(x, y) for x, y in ((a.audio, b.audio), (a.key, b.key), (a.labels, b.labels)))
-    return tensors and (a.num_samples, a.clip, a.share, a.bad) == (b.num_samples, b.clip, b.share, b.bad)
+    tensors = all(torch.equal(x, y) for x, y in ((a.crop.audio, b.crop.audio), (a.key, b.key), (a.labels, b.labels)))
+    return tensors and (a.crop.num_samples, a.clip, a.share, a.bad) == (b.crop.num_samples, b.clip, b.share, b.bad)
 
 
 # --- crops
@@ -98,9 +100,7 @@ def test_crops_of_the_cache_are_crops_of_the_files(manifest: Manifest, compressi
         for start in {0, last // 2 * g.crop_step, last * g.crop_step}:
             batches = []
             for source in (plain, kept):
-                audio, num_samples = source.crop(clip, start)
-                item = Item(audio, num_samples, clip, torch.tensor(0), torch.zeros(0))
-                items = collate([item])
+                items = collate([Item(source.crop(clip, start), clip, torch.tensor(0), torch.zeros(0))])
                 assert isinstance(items, Items)
                 batches.append(front_end(items))
             assert torch.equal(batches[0].num_frames, batches[1].num_frames)
@@ -113,9 +113,9 @@ def test_a_file_with_one_damaged_stretch_is_left_out_of_a_cached_set(tmp_path: P
     soundfile.write(tmp_path / "good.wav", samples, RATE, subtype="FLOAT")
     samples[-100:] = np.nan
     soundfile.write(tmp_path / "bad.wav", samples, RATE, subtype="FLOAT")
-    found = corpus(tmp_path, None)
+    found = corpus(tmp_path)
     assert found.manifest.clips[0].path == "bad.wav"
-    assert Source(found.manifest, geometry()).crop(0, 0)[1] == RATE // 2
+    assert Source(found.manifest, geometry()).crop(0, 0).num_samples == RATE // 2
     with pytest.raises(AudioError, match="NaN"):
         found.source(geometry()).crop(0, 0)
     items = [TrainingClips(found.source(geometry()), [0, 1], 0, PLAIN)[i] for i in range(6)]
@@ -193,7 +193,7 @@ def test_windows_are_read_in_order_and_what_cannot_be_read_is_named(manifest: Ma
     assert found[:2] == [("z/bad.wav", "NaN or infinite samples")] * 2
     items = [item for item in found if isinstance(item, Item)]
     assert [item.clip for item in items] == [0] + [1] * 7
-    whole = torch.cat([item.audio[: item.num_samples] for item in items[1:]])
+    whole = torch.cat([item.crop.audio[: item.crop.num_samples] for item in items[1:]])
     assert len(whole) == source.length(1)
     assert torch.equal(whole, torch.from_numpy(soundfile.read(source.place(1), dtype="float32")[0]))
     assert len({int(item.key) for item in items}) == len(items)  # each window has a mask of its own
@@ -214,20 +214,19 @@ def test_a_sample_is_a_function_of_its_position(manifest: Manifest, augment: Aug
     again = TrainingClips(source, clips, 1, augment)
     assert all(same(first[i], again[i]) for i in reversed(range(12)))
     assert sorted(item.clip for item in first[:5]) == clips == sorted(item.clip for item in first[5:10])
-    assert all(torch.equal(item.labels, source.labels([item.clip])[0]) for item in first)
-    crops = {int(item.key): item.audio for item in (data[i] for i in range(20)) if item.clip == 1}
+    assert all(torch.equal(item.labels, manifest.labels([item.clip])[0]) for item in first)
+    crops = {int(item.key): item.crop.audio for item in (data[i] for i in range(20)) if item.clip == 1}
     assert len({tuple(crop[:9].tolist()) for crop in crops.values()}) == len(crops) == 4  # one of each epoch
     other = TrainingClips(source, clips, 2, augment)
     assert not any(same(first[i], other[i]) for i in range(12))
 
 
 def test_labels_are_those_of_the_clip(manifest: Manifest) -> None:
-    source = Source(manifest, geometry())
     assert manifest.classes == ("a", "b", "c", "z")
-    assert source.labels(range(7)).tolist() == [[1, 0, 0, 0]] * 3 + [[0, 1, 0, 0]] * 2 + [[0, 0, 1, 0], [0, 0, 0, 1]]
+    assert manifest.labels(range(7)).tolist() == [[1, 0, 0, 0]] * 3 + [[0, 1, 0, 0]] * 2 + [[0, 0, 1, 0], [0, 0, 0, 1]]
     both = replace(manifest.clips[0], labels=("a", "z"))
     none = replace(manifest.clips[0], labels=())
-    some = Source(replace(manifest, clips=(both, none)), geometry())
+    some = replace(manifest, clips=(both, none))
     assert some.labels([0, 1]).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
 
 
@@ -240,8 +239,8 @@ def test_unreadable_files_are_replaced_the_same_way_each_time_and_reported(manif
     assert len(replaced) == 10  # once in an epoch
     assert all(set(item.bad) == {("z/bad.wav", "NaN or infinite samples")} for item in replaced)
     assert {item.clip for item in replaced} == {0, 3}  # not always the same one
-    assert all(item.audio.isfinite().all() and item.labels[3] == 0 for item in items)
-    assert all(torch.equal(item.labels, source.labels([item.clip])[0]) for item in replaced)
+    assert all(item.crop.audio.isfinite().all() and item.labels[3] == 0 for item in items)
+    assert all(torch.equal(item.labels, manifest.labels([item.clip])[0]) for item in replaced)
     batch = collate(replaced)
     assert isinstance(batch, Items) and batch.bad == tuple(pair for item in replaced for pair in item.bad)
 
@@ -259,15 +258,15 @@ def test_mixup_takes_partners_from_the_training_clips(manifest: Manifest) -> Non
     for i, item in enumerate(items):
         assert item.partner is not None and item.partner.partner is None
         alone = plain[i]
-        assert torch.equal(item.audio, alone.audio) and torch.equal(item.key, alone.key)  # mixing redraws nothing
+        assert same(item._replace(partner=None, share=1.0, bad=()), alone._replace(bad=()))  # mixing redraws nothing
         if item.share == 1.0:
-            assert torch.equal(item.partner.audio, item.audio)
+            assert torch.equal(item.partner.crop.audio, item.crop.audio)
         assert item.bad == alone.bad + (item.partner.bad if item.share < 1 else ())
     mixed = [item for item in items if item.share < 1]
     assert 40 < len(mixed) < 80 and all(0 < item.share < 1 for item in mixed)
     assert {item.partner.clip for item in mixed if item.partner} == {0, 1, 3}
     same_clip = [item for item in mixed if item.partner and item.partner.clip == item.clip == 1]
-    assert same_clip and not any(item.partner and torch.equal(item.partner.audio, item.audio) for item in same_clip)
+    assert same_clip and not any(torch.equal(item.partner.crop.audio, item.crop.audio) for item in same_clip)
     batch = collate(items[:10])
     assert isinstance(batch, Items) and batch.partner is not None and batch.share is not None
     assert batch.share.tolist() == pytest.approx([item.share for item in items[:10]])
@@ -337,8 +336,8 @@ def test_a_share_is_held_out_by_path() -> None:
 # --- the corpus
 
 
-def corpus(root: Path, folder: Path | None, **options: object) -> Corpus:
-    return Corpus.open(DataOptions.model_validate({"root": str(root), **options}), 0, folder)
+def corpus(root: Path, **options: object) -> Corpus:
+    return Corpus.open(DataOptions.model_validate({"root": str(root), **options}), 0)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -347,40 +346,40 @@ def test_statistics_are_those_of_real_values(
     root: Path, tmp_path: Path, compression: Compression, cache_gb: float
 ) -> None:
     g = geometry(compression)
-    found = corpus(root, tmp_path, cache_gb=cache_gb)
+    found = corpus(root, cache_gb=cache_gb)
     plain, values = FrontEnd(g, Statistics(0.0, 1.0)), []
     windows = Windows(Source(found.manifest, g), range(len(SECONDS)), 0, per_clip=1)
     for item in (windows[i] for i in range(len(windows))):
         assert isinstance(item, Item)
-        audio = item.audio[None, : item.num_samples]  # without its padding
-        values.append(plain.spectrogram(audio, torch.tensor([item.num_samples]))[0].flatten())
+        audio = item.crop.audio[: item.crop.num_samples]  # without its padding
+        values.append(plain.compress(plain.log_mel(audio[None]), torch.tensor([item.crop.num_samples])).flatten())
     expected = torch.cat(values).double()
-    statistics = found.statistics(g)
+    run = RunFolder(tmp_path)
+    statistics = InputStatistics(found, run=run).of(g)
     assert statistics.mean == pytest.approx(float(expected.mean()), abs=1e-4)
     assert statistics.std == pytest.approx(float(expected.std(correction=0)), abs=1e-4)
     # they are kept with the run, and those that come with a checkpoint go before
     (file,) = (tmp_path / "statistics").iterdir()
     file.write_text(json.dumps({"mean": 1.5, "std": 2.0, "factor": 1.0}))
-    assert corpus(root, tmp_path).statistics(g) == Statistics(1.5, 2.0)
-    given_ = replace(corpus(root, tmp_path), given={g.digest(): Statistics(7.0, 1.0)})
-    assert given_.statistics(g) == Statistics(7.0, 1.0)
+    assert InputStatistics(found, run=run).of(g) == Statistics(1.5, 2.0)
+    assert InputStatistics(found, {g.digest(): Statistics(7.0, 1.0)}, run).of(g) == Statistics(7.0, 1.0)
 
 
 def test_silence_has_no_statistics(tmp_path: Path) -> None:
     for name, seconds in (("a", 0.7), ("b", 1.1)):
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(round(seconds * RATE)), RATE)
     with pytest.raises(UserError, match="no sound in"):
-        corpus(tmp_path, None).statistics(geometry())
+        InputStatistics(corpus(tmp_path)).of(geometry())
 
 
 def test_pooled_phases_share_the_spectrograms(root: Path) -> None:
-    found = corpus(root, None)
+    found = corpus(root)
     sources = [found.source(geometry("pool_mean", factor)) for factor in (4, 2, 1)]
     assert all(source.cache is sources[0].cache for source in sources)
     assert [source.geometry.pool for source in sources] == [4, 2, 1]
     assert found.source(geometry("frame_shift", 2)).cache is not sources[0].cache
     assert found.workers(geometry()) == 0
-    assert corpus(root, None, cache_gb=0.0, workers=3).workers(geometry()) == 3
+    assert corpus(root, cache_gb=0.0, workers=3).workers(geometry()) == 3
 
 
 def test_bad_files_are_counted_once_and_remembered(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_the_input_is_the_normalised_spectrogram_of_what_is_real(
 def test_spectrograms_from_the_cache_give_the_same_batch(compression: Compression) -> None:
     g, items = geometry(compression), sounds([8000, 3000, 250, 10])
     front_end = FrontEnd(g, Statistics(-3.0, 2.0))
-    again = replace(items, audio=front_end.log_mel(items.audio))
-    assert again.audio.shape == (4, g.raw_frames(SAMPLES), 16)
+    again = replace(items, audio=None, log_mel=front_end.log_mel(items.audio))
+    assert again.log_mel.shape == (4, g.raw_frames(SAMPLES), 16)
     torch.testing.assert_close(front_end(again).spec, front_end(items).spec)
 
 

@@ -19,7 +19,7 @@ from ssl_c2f.objectives.latent import spread_of
 from ssl_c2f.tasks import config
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.state import Run
-from ssl_c2f.train.validate import at_full_resolution, batches, validate
+from ssl_c2f.train.validate import at_full_resolution, validate
 
 COMPRESSIONS = ("frame_shift", "pool_mean", "patch")
 SMALL = {
@@ -155,7 +155,6 @@ def untrained(job: Run, seed: int) -> Objective:
 
 def measured(objective: Objective, job: Run) -> tuple[float, float]:
     """Spread of the features of all clips, and the accuracy of their nearest neighbours."""
-    device = torch.device("cpu")
-    clips = batches(job.corpus, job.options.fine_geometry, job.corpus.training, device, 60, per_clip=1)
-    spread = spread_of(torch.cat([objective.embed(batch) for batch in clips]))
-    return float(spread), validate(objective, job.options, job.corpus, device)["val/knn_accuracy"]
+    runner = job.runner(job.options.fine_geometry)
+    spread = spread_of(torch.cat([objective.embed(batch) for batch in runner.batches(job.corpus.training, per_clip=1)]))
+    return float(spread), validate(objective, job.options, runner)["val/knn_accuracy"]

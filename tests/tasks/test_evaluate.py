@@ -17,10 +17,10 @@ from trained_runs import CLASSES, damage, of, read_csv, write_sounds
 from ssl_c2f.core import progress
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.manifest import scan
+from ssl_c2f.data.runner import mean_by_clip
 from ssl_c2f.tasks.evaluate import EvaluateOptions, evaluate, print_confusion, print_scores, summarise, write_scores
-from ssl_c2f.tasks.inference import RecordingOptions, open_corpus, open_model, run_windows
+from ssl_c2f.tasks.inference import RecordingOptions, open_model, open_runner, run_windows
 from ssl_c2f.train import metrics
-from ssl_c2f.train.validate import mean_by_clip
 
 # scores
 
@@ -205,8 +205,8 @@ def test_both_resolutions_are_the_same_at_time_factor_1(classifier: Path, tones:
     rows = []
     for resolution in ("full", "trained"):
         model = open_model(classifier, of(RecordingOptions, tones, resolution=resolution))
-        corpus = open_corpus(scan(tones), range(15), RecordingOptions().data, model)
-        rows.append(run_windows(model, corpus, lambda batch, m=model: m.objective.embed(batch), "").values)  # type: ignore[misc]
+        runner = open_runner(scan(tones), range(15), RecordingOptions().data, model)
+        rows.append(run_windows(runner, lambda batch, m=model: m.objective.embed(batch), "").values)  # type: ignore[misc]
     assert torch.equal(*rows)
 
 
@@ -214,8 +214,8 @@ def test_the_checkpoints_own_statistics_are_used(classifier: Path, tmp_path: Pat
     """Recordings that are all louder must look louder to the model."""
     root = write_sounds(tmp_path / "quiet", per_class=1)
     model = open_model(classifier, RecordingOptions(device="cpu"))
-    corpus = open_corpus(scan(root), range(3), RecordingOptions().data, model)
-    assert corpus.statistics(model.geometry) == model.weights.statistics[model.geometry.digest()]
+    runner = open_runner(scan(root), range(3), RecordingOptions().data, model)
+    assert runner.front_end.statistics == model.weights.statistics[model.geometry.digest()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")

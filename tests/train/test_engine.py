@@ -231,7 +231,7 @@ def test_validation_repeats_and_leaves_the_generators_alone(sounds: Path, tmp_pa
     results = []
     for _ in range(2):
         fine = at_full_resolution(o, state, geometry, job.corpus.num_classes, device)
-        results.append(validate(fine, o, job.corpus, device))
+        results.append(validate(fine, o, job.runner(o.fine_geometry)))
     assert results[0] == results[1] and torch.get_rng_state().equal(before)
 
 

@@ -18,9 +18,10 @@ from tiny_runs import run_options
 
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import Batch, Masking
+from ssl_c2f.data.runner import Runner
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.train.pictures import LEVELS, NOTHING, chosen_clips, film_strip, palette, png, save_pictures, value_range
-from ssl_c2f.train.validate import batches
 
 CPU = torch.device("cpu")
 
@@ -68,7 +69,11 @@ def test_long_clips_are_cut_down_to_what_a_screen_shows() -> None:
 
 @pytest.fixture(scope="module")
 def corpus(sounds: Path) -> Corpus:
-    return Corpus.open(run_options(sounds).data, 0, None)
+    return Corpus.open(run_options(sounds).data, 0)
+
+
+def runner(corpus: Corpus, objective: Objective) -> Runner:
+    return Runner(corpus, InputStatistics(corpus).front_end(objective.geometry), 2)
 
 
 def example(sounds: Path, corpus: Corpus, phase: int) -> tuple[Objective, Batch]:
@@ -76,7 +81,7 @@ def example(sounds: Path, corpus: Corpus, phase: int) -> tuple[Objective, Batch]
     torch.manual_seed(0)
     objective = options.build(options.geometries[phase], corpus.num_classes).eval()
     masking, clips = Masking("uniform", 0.75, (3, 5)), corpus.held_out[:2]
-    return objective, next(batches(corpus, objective.geometry, clips, CPU, 2, per_clip=1, masking=masking))
+    return objective, next(runner(corpus, objective).batches(clips, per_clip=1, masking=masking))
 
 
 @pytest.mark.parametrize("phase", [0, 2])
@@ -101,7 +106,8 @@ def test_every_phase_shows_the_same_clips(sounds: Path, corpus: Corpus, tmp_path
         objective, _ = example(sounds, corpus, phase)
         objective.train()
         before = torch.get_rng_state()
-        files = save_pictures(tmp_path / str(phase), objective, corpus, Masking("time", 0.5, (3, 5)), CPU, count=2)
+        reads = runner(corpus, objective)
+        files = save_pictures(tmp_path / str(phase), objective, reads, Masking("time", 0.5, (3, 5)), count=2)
         assert objective.training and torch.equal(before, torch.get_rng_state())
         facts.append(json.loads((tmp_path / str(phase) / "pictures.json").read_text()))
         assert len(files) == 6 and all(file.read_bytes().startswith(b"\x89PNG") for file in files.values())

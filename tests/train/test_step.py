@@ -171,7 +171,7 @@ def test_the_moving_average_is_what_is_validated(sounds: Path, tmp_path: Path) -
 
     def loss(state: State) -> float:
         fine = at_full_resolution(o, state, o.geometries[0], job.corpus.num_classes, device)
-        return validate(fine, o, job.corpus, device)["val/loss"]
+        return validate(fine, o, job.runner(o.fine_geometry))["val/loss"]
 
     assert saved.ema and record["val/loss"] == pytest.approx(loss(saved.ema), rel=1e-6)
     assert abs(loss(saved.model) / record["val/loss"] - 1) > 1e-3
