@@ -68,38 +68,27 @@ def _best(run: RunData) -> Cell:
 
 def missing(run: RunData) -> str:
     """What is not on the page, and why."""
-    notes = _missing(run)
-    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""
-
-
-def _missing(run: RunData) -> list[str]:
-    notes = []
-    if not (run.config or run.log.records or run.phases):
-        return ["The folder is empty: no run was started here."]
-    if not run.log.records:
-        notes.append("No curves: metrics.jsonl has no record yet.")
-    if run.log.broken:
-        notes.append(f"{run.log.broken} lines of metrics.jsonl are broken and left out (the last one, after a crash).")
-    if run.status == "crashed":
-        notes.append("The process that wrote this run died. The same command resumes from its last checkpoint.")
-    if run.status == "stopped early":
-        notes.append("The run has not reached its end. The same command resumes it.")
-    waiting = [p.name for p in run.phases if not p.done and p.name not in run.log.phases]
-    notes += [f"Not started: {', '.join(waiting)}."] if waiting else []
-    if run.log.records and not (run.validation_loss or run.classifier):  # a classifier has scores instead
-        notes.append("No validation loss: no clips were held out (data.val_folds), evaluation.every is 0, or the "
-                     "objective's loss cannot be compared over time (latent: its teacher changes).")
-    if run.log.records and not (run.probe or run.classifier):
-        notes.append("No validation score: it needs labels and evaluation.every above 0.")
-    if not any(p.clips for p in run.phases):
-        notes.append("No pictures: they are made at the end of a phase.")
-    if not run.scores:
-        notes.append("No fine-tuning yet: ssl_c2f finetune --ckpt RUN.")
-    for name, part in (("plan.json", run.plan), ("provenance.json", run.provenance), ("config.yaml", run.config)):
-        notes += [] if part else [f"No {name}."]
-    if run.bad_files:
-        notes.append(f"{run.bad_files} recordings could not be read and were left out (bad_files.jsonl).")
-    return notes
+    started, log = bool(run.config or run.log.records or run.phases), run.log
+    waiting = ", ".join(p.name for p in run.phases if not p.done and p.name not in log.phases)
+    notes = {
+        "No curves: metrics.jsonl has no record yet.": not log.records,
+        f"{log.broken} lines of metrics.jsonl are broken and left out (the last one, after a crash).": log.broken,
+        "The process that wrote this run died. The same command resumes from its last checkpoint.":
+            run.status == "crashed",
+        "The run has not reached its end. The same command resumes it.": run.status == "stopped early",
+        f"Not started: {waiting}.": waiting,
+        "No validation loss: no clips were held out (data.val_folds), evaluation.every is 0, or the objective's loss "
+        "cannot be compared over time (latent: its teacher changes).":  # a classifier has scores instead
+            log.records and not (run.validation_loss or run.classifier),
+        "No validation score: it needs labels and evaluation.every above 0.":
+            log.records and not (run.probe or run.classifier),
+        "No pictures: they are made at the end of a phase.": not any(p.clips for p in run.phases),
+        "No fine-tuning yet: ssl_c2f finetune --ckpt RUN.": not run.scores,
+        "No plan.json.": not run.plan, "No provenance.json.": not run.provenance, "No config.yaml.": not run.config,
+        f"{run.bad_files} recordings could not be read and were left out (bad_files.jsonl).": run.bad_files,
+    } if started else {"The folder is empty: no run was started here.": True}
+    items = "".join(f"<li>{escape(note)}</li>" for note, holds in notes.items() if holds)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def plan_table(run: RunData) -> str:

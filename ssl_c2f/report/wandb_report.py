@@ -18,6 +18,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.provenance import command_line
 from ssl_c2f.report import tables
 from ssl_c2f.report.read import Json, RunData, read_runs
+from ssl_c2f.report.series import AXES
 from ssl_c2f.report.tables import Cell
 from ssl_c2f.track.wandb_run import read_facts
 
@@ -65,8 +66,8 @@ def write_report(paths: Sequence[Path]) -> str:
 def _tracked(run: RunData) -> Tracked:
     phases = {phase.name: facts for phase in run.phases if (facts := read_facts(phase.folder.path))}
     files = [file for top in ("finetune", "probe", "evaluation") for file in run.path.glob(f"{top}/**/wandb.json")]
-    found = sorted(file.parent for file in files)
-    results = {folder.relative_to(run.path).as_posix(): facts for folder in found if (facts := read_facts(folder))}
+    found = {file.parent.relative_to(run.path).as_posix(): read_facts(file.parent) for file in sorted(files)}
+    results = {name: facts for name, facts in found.items() if facts}
     if not phases:
         raise UserError(
             f"{run.path}: no phase of it was tracked by W&B; track runs with tracking.wandb=online, or leave out "
@@ -110,6 +111,7 @@ def _about(paths: Sequence[Path]) -> str:
 
 def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
     """The report in reading order."""
+    phases = [_runset(wr, run, run.phases.values(), entity) for run in runs]
     blocks = [
         wr.H2("What was run"), wr.MarkdownBlock(_overview(runs)),
         wr.H2("Training"),
@@ -117,16 +119,15 @@ def _blocks(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
             "Each phase is a line of its own. Validation is on held-out clips at full resolution in every phase, so "
             "compare by it; the training loss is at each phase's own resolution."
         ),
-        wr.PanelGrid(runsets=[_runset(wr, run, run.phases.values(), entity) for run in runs], panels=_curves(wr, runs)),
+        wr.PanelGrid(runsets=phases, panels=_curves(wr, runs)),
         wr.H2("Cost"), wr.MarkdownBlock("\n\n".join(map(_costs, runs))),
     ]
     if any(phase.clips for run in runs for phase in run.data.phases):
         views = [v for v in _VIEWS if any(v in c.images for r in runs for p in r.data.phases for c in p.clips)]
         keys = [f"pictures/{view}" for view in views]
-        panel = wr.MediaBrowser(media_keys=keys, num_columns=3, layout=_wide(wr, 0, 16))
+        panel = wr.MediaBrowser(media_keys=keys, num_columns=3, layout=_wide(wr, 16))
         title = "Input, mask and reconstruction" if len(views) > 1 else "Input"
-        blocks += [wr.H2(title), wr.PanelGrid(
-            runsets=[_runset(wr, run, run.phases.values(), entity) for run in runs], panels=[panel])]
+        blocks += [wr.H2(title), wr.PanelGrid(runsets=phases, panels=[panel])]
     if any(run.data.scores or run.data.probes for run in runs):
         blocks += [wr.H2("Fine-tuning and probes"), wr.MarkdownBlock(_results(runs)), *_result_panels(wr, runs, entity)]
     commands = [command for run in runs for command in _commands(run.data)]
@@ -148,11 +149,10 @@ def _curves(wr: Any, runs: Sequence[Tracked]) -> list[Any]:
     logged = {name for run in runs for name in run.data.log.names}
     scores = sorted(name for name in logged if name.startswith("val/"))
     wanted = [*scores, "loss", "lr", "mask_ratio", "clips_per_second"]
-    several = len(runs) > 1
     panels = []
     for i, name in enumerate(name for name in wanted if name in logged):
         titles = {
-            f"{facts['id']}:{name}": f"{run.data.name} {phase}" if several else phase
+            f"{facts['id']}:{name}": f"{run.data.name} {phase}" if len(runs) > 1 else phase
             for run in runs for phase, facts in run.phases.items()
         }
         layout = wr.Layout(x=12 * (i % 2), y=8 * (i // 2), w=12, h=8)
@@ -160,8 +160,8 @@ def _curves(wr: Any, runs: Sequence[Tracked]) -> list[Any]:
     return panels
 
 
-def _wide(wr: Any, y: int, height: int) -> Any:
-    return wr.Layout(x=0, y=y, w=24, h=height)
+def _wide(wr: Any, height: int) -> Any:
+    return wr.Layout(x=0, y=0, w=24, h=height)
 
 
 def _result_panels(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
@@ -172,10 +172,10 @@ def _result_panels(wr: Any, runs: Sequence[Tracked], entity: str) -> list[Any]:
         folds = [facts for name, facts in tuned.items() if "/phases/" in name]
         scores = [facts for name, facts in tuned.items() if "/phases/" not in name]
         if folds:
-            panel = wr.LinePlot(title="loss", x="samples", y=["loss"], layout=_wide(wr, 0, 8))
+            panel = wr.LinePlot(title="loss", x="samples", y=["loss"], layout=_wide(wr, 8))
             grids.append(wr.PanelGrid(runsets=[_runset(wr, run, folds, entity)], panels=[panel]))
         if scores and any("confusion" in found for found in run.data.scores.values()):
-            table = wr.WeavePanelSummaryTable(table_name="confusion", layout=_wide(wr, 0, 10))
+            table = wr.WeavePanelSummaryTable(table_name="confusion", layout=_wide(wr, 10))
             grids.append(wr.PanelGrid(runsets=[_runset(wr, run, scores, entity)], panels=[table]))
     return grids
 
@@ -195,8 +195,8 @@ def _costs(run: Tracked) -> str:
         return (name, tokens, kept, round(counters["samples"]), tables.flops(counters["flops"]),
                 tables.seconds(counters["train_seconds"]))
 
-    counted = [phase for phase in run.data.phases if {"samples", "flops", "train_seconds"} <= phase.own.keys()]
-    total = {counter: run.data.total(counter) or 0.0 for counter in ("samples", "flops", "train_seconds")}
+    counted = [phase for phase in run.data.phases if AXES.keys() <= phase.own.keys()]
+    total = {axis: run.data.total(axis) or 0.0 for axis in AXES}
     rows = [row(phase.name, phase.plan.get("tokens"), phase.plan.get("kept"), phase.own) for phase in counted]
     rows.append(row("**all phases**", None, None, total))
     if baseline := run.data.plan.get("single_phase_pflops"):
