@@ -1,4 +1,4 @@
-"""A picture of a page in Chromium, as the README shows it.
+"""Take a picture of a report page with Chromium, as shown in the README.
 
     python docs/screenshot.py runs/demo/report.html docs/report.png [--height 2350] [--dark]
 
