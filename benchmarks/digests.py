@@ -1,10 +1,10 @@
-"""Does a change of the code change what is computed? Digests of every checkpoint and metric of the debug configs.
+"""Show whether a change of the code changes what is computed, by digests of the debug runs' checkpoints and metrics.
 
     python benchmarks/digests.py --root OTHER_CHECKOUT --out before.json
     python benchmarks/digests.py --against before.json
 
-Each objective is trained through its three phases with each compression, with an EMA and accumulated micro-batches, on
-sounds that are made for it. Weights, EMA, optimiser state and metrics (times aside) are compared byte for byte.
+Each objective is trained through three phases with each compression, with an EMA and gradient accumulation, on synthetic
+sounds. Weights, EMA, optimiser state and metrics (without times) are compared byte for byte.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TIMES = ("train_seconds", "clips_per_second", "data_wait")
 
 
 def main() -> int:
-    """Exit status 1 where a digest differs from those in `--against`."""
+    """Returns 1 if a digest differs from the one in `--against`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="the checkout whose code runs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE.json")
     parser.add_argument("--against", type=Path, default=None, metavar="FILE.json")
-    parser.add_argument("--only", default="", help="of the configs, those whose name holds this")
+    parser.add_argument("--only", default="", help="only the configs whose name contains this")
     arguments = parser.parse_args()
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def run(root: Path, *words: str) -> None:
 
 
 def digests(run_dir: Path) -> dict[str, str]:
-    """File -> SHA-256 of its bytes; of metrics, of what they hold besides times."""
+    """File -> SHA-256 of its bytes; for the metrics, of their records without times."""
     files = sorted(run_dir.glob("phases/*/checkpoints/*/*.*"))
     files = [file for file in files if file.suffix in (".safetensors", ".pt")]
     found = {str(file.relative_to(run_dir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -2,9 +2,9 @@
 
     python benchmarks/equal_flops.py --root FOLDER [--seeds 0 1 2] [--budget 1.0] [--lr 5e-4] [--out equal_flops.json]
 
-Width 128, depth 6; trained on folds 1 to 4, validated on fold 5 (fine statistics, raw targets, mask ratio 0.75, fixed
-masks averaged over several draws). Every method gets the same FLOPs, batch size and peak learning rate, and anneals to
-zero at its end. Methods run one after another within a seed, in one process.
+A ViT of width 128 and depth 6, trained on folds 1 to 4 and validated on fold 5 (statistics of the fine input, raw
+targets, mask ratio 0.75, fixed masks averaged over several draws). Every method has the same FLOPs, batch size and peak
+learning rate, and its learning rate ends at zero. The methods of a seed run one after another in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
 
-# (share of the FLOPs, time factor) of each phase
+# (fraction of the FLOPs, time factor) of each phase
 CURRICULA = {"single": [(1.0, 1)], "c2f": [(0.4, 4), (0.35, 2), (0.25, 1)]}
 METHODS = {
     "single phase": ("single", "frame_shift"),
@@ -42,12 +42,12 @@ def recipe(root: str, method: str, budget: float, seed: int, lr: float) -> dict[
         "mask": {"ratio": 0.75},
         "optim": {"lr": lr},
         "phases": [
-            {"name": f"c{factor}", "flops": share * budget, "time_factor": factor, "batch_size": 8,
+            {"name": f"c{factor}", "flops": fraction * budget, "time_factor": factor, "batch_size": 8,
              "warmup_epochs": 0.5 if i == 0 else 0.1, "min_lr_ratio": 0.0 if factor == 1 else 0.5}
-            for i, (share, factor) in enumerate(CURRICULA[curriculum])
+            for i, (fraction, factor) in enumerate(CURRICULA[curriculum])
         ],
         "evaluation": {"every": 1000.0, "mask_draws": 8},
-        "train": {"checkpoint_every": 10**6, "log_every": 20, "rehearse": False},  # every FLOP is in the budget
+        "train": {"checkpoint_every": 10**6, "log_every": 20, "rehearse": False},  # the dry run would add FLOPs
         "tracking": {"wandb": "off"},
     }
 

@@ -1,9 +1,10 @@
-"""Does the loss rise when a coarse patch becomes a finer one? PI-resized kernels against plainly interpolated ones.
+"""The loss before and after the transfer from a coarse to a fine patch: PI-resized against interpolated kernels.
 
     python benchmarks/patch_transfer.py --root FOLDER [--factors 2 4] [--epochs 20] [--out patch_transfer.json]
 
-Trains a coarse `patch` phase on folds 1 to 4 of ESC-10 and tests it on fold 5: in its own geometry, and transferred to
-the fine patch, on the same clips with raw targets, the same mask ratio and 20 draws of masks.
+Trains one coarse phase with `compression: patch` on folds 1 to 4 of ESC-10 and evaluates it on fold 5: in its own
+geometry and after the transfer to the fine patch, with raw targets, the same clips and mask ratio, and 20 draws of
+masks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def recipe(root: str, factor: int, epochs: float, val_folds: list[int]) -> dict[
 
 @torch.no_grad()
 def loss(objective: Objective, statistics: InputStatistics, geometry: Geometry) -> float:
-    """Mean over the held-out clips and all draws."""
+    """The mean loss over the held-out clips and all draws of masks."""
     runner = Runner(statistics.corpus, statistics.front_end(geometry), 50)
     masking = Masking("uniform", RATIO, (1, 1))
     total = count = 0.0
@@ -58,7 +59,7 @@ def loss(objective: Objective, statistics: InputStatistics, geometry: Geometry) 
 
 
 def plain_kernel(weight: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """The kernel resized like a picture, as position tables are: what PI-resize is compared with."""
+    """The kernel interpolated like an image: the baseline that PI-resize is compared with."""
     return F.interpolate(weight.unflatten(1, (1, *old)), size=new, mode="bilinear", antialias=True).flatten(1)
 
 

@@ -1,11 +1,12 @@
-"""Supervised training from coarse to fine against a single phase of as many epochs, on ESC-10, fold by fold.
+"""Supervised training from coarse to fine against a single phase of as many epochs, on the folds of ESC-10.
 
     python benchmarks/supervised.py --root FOLDER [--backbones ast htsat] [--seeds 0 1 2] [--epochs 16]
 
-Feng et al. (ICASSP 2024, arXiv 2401.08415) train AST and HTS-AT with labels; these are small ones of 64 mel bins, from
-random weights, on the official five folds: each is held out in turn. Both ways have the same epochs, peak learning
-rate, batches and augmentation; coarse to fine spends half of the epochs at time factor 4, and a quarter each at 2 and
-at 1. An accuracy is that of the last weights at full resolution: nothing is selected on the held-out fold.
+After the supervised experiments of Feng et al. (ICASSP 2024, arXiv 2401.08415) with AST and HTS-AT, with small encoders
+of 64 mel bins, from random weights; each of the official five folds is held out in turn. Both methods have the same
+number of epochs, peak learning rate, batch size and augmentation; coarse to fine trains half of the epochs at time
+factor 4 and a quarter each at 2 and at 1. The accuracy is that of the last weights at full resolution: nothing is
+selected on the held-out fold.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
 
 FOLDS = (1, 2, 3, 4, 5)
-CURRICULA = {"single phase": [(1.0, 1)], "c2f": [(0.5, 4), (0.25, 2), (0.25, 1)]}  # (share of the epochs, time factor)
+CURRICULA = {"single phase": [(1.0, 1)], "c2f": [(0.5, 4), (0.25, 2), (0.25, 1)]}  # (fraction of the epochs, time factor)
 BACKBONES: dict[str, dict[str, Any]] = {
     "ast": {
         "audio": {"clip_seconds": 5.0, "num_mels": 64},
@@ -46,9 +47,9 @@ def recipe(root: str, backbone: str, method: str, fold: int, seed: int, epochs: 
         "augment": {"mixup_prob": 0.5, "freq_mask": 24, "time_mask_seconds": 0.96},
         "optim": {"lr": 1e-3, "weight_decay": 0.05, "betas": [0.9, 0.999]},
         "phases": [
-            {"name": f"c{factor}", "epochs": share * epochs, "time_factor": factor, "batch_size": 32,
+            {"name": f"c{factor}", "epochs": fraction * epochs, "time_factor": factor, "batch_size": 32,
              "warmup_epochs": 2 if i == 0 else 0.5}
-            for i, (share, factor) in enumerate(CURRICULA[method])
+            for i, (fraction, factor) in enumerate(CURRICULA[method])
         ],
         "evaluation": {"every": 1000.0},
         "train": {"checkpoint_every": 10**6, "log_every": 20, "rehearse": False},
@@ -57,7 +58,7 @@ def recipe(root: str, backbone: str, method: str, fold: int, seed: int, epochs: 
 
 
 def measure(root: str, backbone: str, method: str, seed: int, epochs: float) -> dict[str, Any]:
-    """Accuracy of each fold, FLOPs and seconds of training all of them."""
+    """The accuracy of each fold, and the FLOPs and seconds of training on all of them."""
     accuracies, tflops, seconds = [], 0.0, 0.0
     for fold in FOLDS:
         folder = Path(tempfile.mkdtemp(prefix="supervised-"))
@@ -86,7 +87,7 @@ def main() -> None:
             for method, runs in methods.items():
                 runs.append(measure(a.root, backbone, method, seed, a.epochs))
                 print(f"seed {seed}  {backbone:6s} {method:12s} {runs[-1]}", flush=True)
-    print(f"\naccuracy over 5 folds, mean ± deviation over {len(a.seeds)} seeds; {a.epochs:g} epochs")
+    print(f"\naccuracy over 5 folds, mean ± std over {len(a.seeds)} seeds; {a.epochs:g} epochs")
     for backbone, methods in results.items():
         for method, runs in methods.items():
             means = [run["accuracy"] for run in runs]
