@@ -3,8 +3,8 @@
     python benchmarks/digests.py --root OTHER_CHECKOUT --out before.json
     python benchmarks/digests.py --against before.json
 
-Each objective is trained through three phases with each compression, with an EMA and gradient accumulation, on synthetic
-sounds. Weights, EMA, optimiser state and metrics (without times) are compared byte for byte.
+Each objective is trained through three phases with each compression, with an EMA and gradient accumulation, on
+synthetic sounds. Weights, EMA, optimiser state and metrics (without times) are compared byte for byte.
 """
 
 from __future__ import annotations

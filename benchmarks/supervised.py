@@ -26,7 +26,8 @@ from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
 
 FOLDS = (1, 2, 3, 4, 5)
-CURRICULA = {"single phase": [(1.0, 1)], "c2f": [(0.5, 4), (0.25, 2), (0.25, 1)]}  # (fraction of the epochs, time factor)
+# (fraction of the epochs, time factor) of each phase
+CURRICULA = {"single phase": [(1.0, 1)], "c2f": [(0.5, 4), (0.25, 2), (0.25, 1)]}
 BACKBONES: dict[str, dict[str, Any]] = {
     "ast": {
         "audio": {"clip_seconds": 5.0, "num_mels": 64},
