@@ -1,4 +1,4 @@
-"""Small batches of noise, as objectives get them."""
+"""Small batches of noise, as the objectives get them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ lengths = st.lists(st.integers(500, int(FULL)), min_size=1, max_size=3)  # sampl
 
 
 def sounds(num_samples: list[int], seed: int = 0) -> Items:
+    """Clips of noise with these numbers of samples."""
     audio = torch.randn(len(num_samples), int(FULL), generator=torch.Generator().manual_seed(seed))
     index = torch.arange(len(num_samples))
     return Items(
@@ -34,6 +35,7 @@ def sounds(num_samples: list[int], seed: int = 0) -> Items:
 
 
 def some(items: Items, which: slice) -> Items:
+    """The clips of a slice."""
     rows: dict[str, Any] = {name: value[which] for name, value in vars(items).items() if isinstance(value, Tensor)}
     return replace(items, **rows)
 
@@ -44,7 +46,7 @@ def batch_of(items: Items, masking: Masking | None = MASKING, geometry: Geometry
 
 
 def each_alone(items: Items, masking: Masking | None = MASKING) -> Iterator[Batch]:
-    """Each clip in a batch of its own, with something loud behind its end."""
+    """Each clip in a batch of its own, with a loud constant after its end instead of zeros."""
     for i, end in enumerate(items.num_samples.tolist()):
         one = some(items, slice(i, i + 1))
         one.audio[:, end:] = 100.0
@@ -52,7 +54,7 @@ def each_alone(items: Items, masking: Masking | None = MASKING) -> Iterator[Batc
 
 
 def with_other_padding(batch: Batch) -> Batch:
-    """The same with other values in every frame that belongs to no patch with something real in it."""
+    """The same batch with other values in all frames that share no patch with audio."""
     frames = torch.arange(batch.spec.shape[1])
     padding = (frames >= batch.num_frames[:, None] + batch.geometry.patch_t)[..., None]
     assert padding.any()
@@ -60,12 +62,14 @@ def with_other_padding(batch: Batch) -> Batch:
 
 
 def gradients(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """All gradients of the loss, in one vector."""
     model.zero_grad()
     model(batch).loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def patchify_back(patches: Tensor, batch: Batch) -> Batch:
+    """The batch with the spectrogram that consists of these patches (B, N, patch_f * patch_t)."""
     g = batch.geometry
     spec = batch.spec.clone()
     grid = patches.view(-1, g.grid_f, g.columns, g.patch_f, g.patch_t)

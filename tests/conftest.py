@@ -1,4 +1,4 @@
-"""Settings of all tests, and recordings for those that need some."""
+"""Settings of all tests, and recordings and runs that several tests use."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Threads of OpenMP that wait for each other spin by default, which takes ten times as long on a busy machine. This must
-# be said before torch is imported, so this file imports nothing of ssl_c2f at its top.
+# OpenMP threads that wait for each other spin by default, which takes ten times as long on a busy machine. The variable
+# must be set before torch is imported, so this file imports nothing of ssl_c2f at its top.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# a busy machine is no failure
+# no deadline per example: a busy machine must not fail a test
 settings.register_profile("ssl_c2f", deadline=None)
 settings.load_profile("ssl_c2f")
 
 
 @pytest.fixture(scope="session")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 recordings of one second at 16 kHz: 12 classes, 5 folds. Not to be written to."""
+    """60 recordings of one second at 16 kHz: 12 classes, 5 folds. Read-only."""
     from ssl_c2f.data.synthetic import write_dataset
 
     folder = tmp_path_factory.mktemp("sounds")
@@ -29,7 +29,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """15 recordings of half a second at 8 kHz: 3 classes, 5 folds. Not to be written to."""
+    """15 recordings of half a second at 8 kHz: 3 classes, 5 folds. Read-only."""
     from trained_runs import write_sounds
 
     return write_sounds(tmp_path_factory.mktemp("recordings") / "tones")
@@ -37,7 +37,7 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, tones: Path) -> Path:
-    """A run with labels; fold 5 of `tones` is held out."""
+    """A supervised run; fold 5 of `tones` is held out."""
     from trained_runs import train
 
     return train(tmp_path_factory.mktemp("runs") / "classifier", tones, name="supervised")
@@ -45,7 +45,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, tones: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory, tones: Path) -> Path:
-    """A run without labels on the same recordings."""
+    """A masked autoencoder on the same recordings."""
     from trained_runs import train
 
     return train(tmp_path_factory.mktemp("runs") / "mae", tones, name="mae", decoder_width=16, decoder_depth=1)

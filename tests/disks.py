@@ -1,4 +1,4 @@
-"""File systems of their own, which really fill up or really refuse to be written."""
+"""File systems for tests that need a disk that is full or read-only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the loop in this process: to the end, by one step, stopped wherever that is possible."""
+"""Training runs in this process: to the end, by one step, or stopped after every step; and hooks that watch them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from ssl_c2f.train.state import Run
 
 
 def go(o: RunOptions, path: Path, stop: Stop | None = None) -> Path:
+    """Start or resume a run; returns its folder."""
     engine.run(o, path, stop=stop)
     return path
 
 
 def one_step(o: RunOptions, path: Path) -> None:
-    """Go on by one step: a stop that is already asked for is obeyed after it."""
+    """Train one more step: a stop that was requested before is obeyed after the next step."""
     with pytest.raises(Interrupted):
         go(o, path, Stop(signal.SIGTERM))
 
 
 def to_the_end_in_steps(o: RunOptions, path: Path) -> int:
-    """Stop wherever that is possible; returns how often it was."""
+    """Stop the run after every step and resume it, to its end; returns the number of stops."""
     stops = 0
     while True:
         try:
@@ -43,11 +44,12 @@ def to_the_end_in_steps(o: RunOptions, path: Path) -> int:
 
 
 def open_job(o: RunOptions, path: Path) -> Run:
+    """A run before its first phase."""
     return engine.open_run(o, path, distributed.init("cpu"), Stop(), None, None, "pretrain", path.name)
 
 
 class watch:
-    """Records (whether it is in training, the shape of its output) of every call of a kind of module."""
+    """Record (training mode, output shape) of every call of a kind of module."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
         self.kind = kind
@@ -68,7 +70,7 @@ class watch:
 
 @contextmanager
 def before(kind: type[nn.Module], look: Callable[[Any, Batch], None]) -> Iterator[None]:
-    """Look at every batch that a kind of objective is about to learn from."""
+    """Call `look` with every training batch of a kind of objective, before its forward pass."""
 
     def hook(module: nn.Module, inputs: tuple[Batch, ...]) -> None:
         if isinstance(module, kind) and module.training:

@@ -1,4 +1,4 @@
-"""FLOPs as PyTorch counts them."""
+"""FLOPs as PyTorch's counter counts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES, CLIPS = 10, 1
 
 
 def counted(objective: torch.nn.Module, geometry: Geometry, masking: Masking | None) -> float:
-    """FLOPs of a clip in one training step, by PyTorch's counter. It reports 0 for fused attention on a CPU."""
+    """FLOPs per clip of one training step, by PyTorch's counter (fused attention off: it counts as 0 on CPUs)."""
     items = Items(
         audio=torch.randn(CLIPS, geometry.clip_samples), num_samples=torch.full((CLIPS,), geometry.clip_samples),
         index=torch.arange(CLIPS), keys=draws.key(0, torch.arange(CLIPS)), labels=torch.eye(CLASSES)[:CLIPS],
@@ -31,5 +31,5 @@ def counted(objective: torch.nn.Module, geometry: Geometry, masking: Masking | N
 def backward_of_a_grouped_convolution(
     grad: torch.Size, x: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **more: Any
 ) -> int:
-    """One product for the input, one for the weights. PyTorch's counter takes the latter for a dense convolution's."""
+    """FLOPs of the gradients of input and weights; PyTorch counts the latter as for a convolution without groups."""
     return sum(rest[-1][:2]) * 2 * grad.numel() * weight[1:].numel()

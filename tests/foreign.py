@@ -1,4 +1,4 @@
-"""Tiny models under the names that published checkpoints have, made with timm; and outputs of the published codes."""
+"""Tiny models in the formats of published checkpoints, made with timm; and outputs of the published codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = dict[str, Tensor]
 
 
 def fixture(name: str) -> tuple[State, State]:
-    """The state dict and the case of one of the published codes; skips where they are not there."""
+    """A published code's state dict, and its inputs and outputs; skips the test where the file is missing."""
     file = FIXTURES / f"{name}.safetensors"
     if not file.exists():
         pytest.skip(f"no {file} (SSL_C2F_FIXTURES names another folder)")
@@ -24,7 +24,7 @@ def fixture(name: str) -> tuple[State, State]:
 
 
 def vit(size: tuple[int, int], patch: tuple[int, int] = (16, 16), channels: int = 1) -> VisionTransformer:
-    """A ViT of timm's with random weights everywhere, so that nothing can be mapped wrongly unseen."""
+    """A ViT from timm with random values in every parameter, so that a wrong mapping always shows."""
     with torch.random.fork_rng([]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         model = VisionTransformer(
@@ -44,7 +44,7 @@ def image() -> State:
 
 
 def ast(classes: int = 3, stride: int = 10) -> State:
-    """AST of stride 10, with heads of ImageNet's that nobody needs."""
+    """An AST, with an ImageNet head as well, which an import must ignore."""
     rows, columns = (MELS - 16) // stride + 1, (FRAMES - 16) // stride + 1
     state = {f"module.v.{name}": value for name, value in vit((MELS, FRAMES)).state_dict().items()}
     state |= {

@@ -1,4 +1,4 @@
-"""A tiny run for slurm/launch.py, and ways to start it."""
+"""A tiny config for slurm/launch.py, and ways to run the launcher."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ tracking: {wandb: off}
 
 
 def launch(*words: object) -> int:
+    """Run slurm/launch.py in this process; its exit status."""
     spec = importlib.util.spec_from_file_location("launch", LAUNCH)
     assert spec and spec.loader
     module: Any = importlib.util.module_from_spec(spec)
@@ -32,6 +33,6 @@ def launch(*words: object) -> int:
 
 
 def program(file: Path, text: str) -> None:
-    """An executable in Python."""
+    """Write an executable file with Python code."""
     file.write_text(f"#!{sys.executable}\n{text}\n")
     file.chmod(0o755)

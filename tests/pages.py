@@ -1,4 +1,4 @@
-"""A page as a reader of it finds it."""
+"""The text, tags and data of a report page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOID = {"meta", "link", "input", "img"}
 
 
 class Page(HTMLParser):
-    """Visible text, tags and addresses of a page; complains of tags that are not closed."""
+    """The visible text, tags and links of a page; fails if a tag is not closed."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -49,4 +49,5 @@ class Page(HTMLParser):
 
 
 def page_of(*runs: Path) -> Page:
+    """The page about these runs."""
     return Page(write_page(runs, runs[0].parent / "page.html"))

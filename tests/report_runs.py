@@ -1,4 +1,4 @@
-"""Run folders made by hand, in every state that a report may find."""
+"""Run folders made by hand, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PIXEL = bytes.fromhex(
 
 
 def make_run(path: Path, steps: int = 30, **changes: Any) -> Path:
-    """A complete run of three phases with everything in it. `changes`: phases (names), loss (factor)."""
+    """A complete run of three phases with every file of a run. `changes`: phases (names), loss (a factor)."""
     names, factor = changes.get("phases", PHASES), changes.get("loss", 1.0)
     path.mkdir(parents=True)
     write(path / "config.yaml", f"seed: 0\nphases: [{', '.join(names)}]\nnote: {path.name}\n")
@@ -62,6 +62,7 @@ def make_run(path: Path, steps: int = 30, **changes: Any) -> Path:
 
 
 def write(file: Path, content: str | bytes | dict[str, Any]) -> None:
+    """Write a file, making its folder; a dict as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, dict):
         content = json.dumps(content)

@@ -1,10 +1,11 @@
-"""The order of the modules, and the shape of the files."""
+"""Import order of the package, and size, name and docstring of every file."""
 
 from __future__ import annotations
 
 import ast
 import re
 import subprocess
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from paths import ROOT
@@ -12,11 +13,11 @@ from paths import ROOT
 # Top to bottom: a folder imports only from those below it. Within a folder any order will do, without cycles.
 ORDER = ("__main__", "cli", "jobs", "launch", "tasks", "report", "train", "objectives", "models", "data", "curriculum",
          "track", "core")
-ROOMS, FLOORS = 16, 9  # files and folders of the package's top, and the longest chain of imports between them
+MOST_PARTS, LONGEST_CHAIN = 16, 9  # files and folders at the package's top, and imports between them in a chain
 
 
 def python_files() -> list[Path]:
-    """All that are, or would be, in the repository."""
+    """The Python files that git tracks or would track."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py"],
         cwd=ROOT, capture_output=True, text=True,
@@ -35,7 +36,7 @@ MODULES = {module_name(file): file for file in sorted((ROOT / "ssl_c2f").rglob("
 
 
 def imports(file: Path, known: set[str]) -> set[str]:
-    """Modules of the package that a file imports, wherever in it and even for type checking alone."""
+    """Modules of the package that a file imports, also inside functions and for type checking."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -63,7 +64,7 @@ def top(name: str) -> str:
 
 
 def breaches(graph: dict[str, set[str]]) -> list[str]:
-    """Imports against the order."""
+    """Imports that go upwards in ORDER."""
     floors = {name: -place for place, name in enumerate(ORDER)}
     return [
         f"{name} imports {other}" for name, wanted in graph.items() if name for other in sorted(wanted)
@@ -72,35 +73,28 @@ def breaches(graph: dict[str, set[str]]) -> list[str]:
 
 
 def height(graph: dict[str, set[str]]) -> int:
-    """Rooms in the longest chain of imports between rooms."""
-    rooms: dict[str, set[str]] = {}
+    """Length of the longest chain of imports between files and folders of the package's top."""
+    parts: dict[str, set[str]] = {}
     for name, wanted in graph.items():
-        rooms.setdefault(top(name), set()).update({top(other) for other in wanted} - {top(name)})
+        parts.setdefault(top(name), set()).update({top(other) for other in wanted} - {top(name)})
     heights: dict[str, int] = {}
-
-    def of(room: str) -> int:
-        if room not in heights:
-            heights[room] = 1 + max((of(below) for below in rooms[room]), default=0)
-        return heights[room]
-
-    return max(map(of, rooms))
+    for part in TopologicalSorter(parts).static_order():
+        heights[part] = 1 + max((heights[below] for below in parts[part]), default=0)
+    return max(heights.values())
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
-    """Some modules that import each other in a circle; nothing if none do."""
-    left = dict(graph)
-    while left:
-        free = [name for name, wanted in left.items() if not wanted & set(left) - {name}]
-        if not free:
-            return sorted(left)
-        for name in free:
-            del left[name]
+    """Modules that import each other in a circle, or []."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return sorted(set(error.args[1]))
     return []
 
 
-def test_every_module_has_its_place() -> None:
-    homeless = {top(name) for name in MODULES} - {*ORDER, ""}
-    assert not homeless, f"put {sorted(homeless)} into the order, and into the tree of the README"
+def test_every_module_is_in_the_order() -> None:
+    unlisted = {top(name) for name in MODULES} - {*ORDER, ""}
+    assert not unlisted, f"put {sorted(unlisted)} into the order, and into the tree of the README"
     assert all(other in MODULES for wanted in GRAPH.values() for other in wanted)
 
 
@@ -108,17 +102,17 @@ def test_folders_import_only_from_those_below_them() -> None:
     assert not breaches(GRAPH)
 
 
-def test_no_module_imports_itself_round_a_corner() -> None:
+def test_imports_have_no_cycle() -> None:
     assert not cycle(GRAPH)
 
 
-def test_the_house_is_small_enough_to_be_seen_whole() -> None:
+def test_the_package_has_few_folders_and_short_import_chains() -> None:
     inside = {name: wanted for name, wanted in GRAPH.items() if name}
-    assert len({top(name) for name in inside}) <= ROOMS
-    assert height(inside) <= FLOORS
+    assert len({top(name) for name in inside}) <= MOST_PARTS
+    assert height(inside) <= LONGEST_CHAIN
 
 
-def test_tests_stand_where_what_they_test_does() -> None:
+def test_tests_are_in_the_folder_of_what_they_test() -> None:
     folders = {file.relative_to(ROOT / "tests").parts[0] for file in (ROOT / "tests").glob("*/test_*.py")}
     assert folders - {"slurm"} <= set(ORDER)
 
@@ -133,7 +127,7 @@ def test_breaches_and_cycles_are_found() -> None:
     assert breaches({"curriculum.phases": {"data.masks", "core.draws"}, "core.options": {"curriculum.cost"}}) == [
         "curriculum.phases imports data.masks", "core.options imports curriculum.cost",
     ]
-    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
     assert height({"a.x": {"a.y", "b.x"}, "a.y": set(), "b.x": {"b.y"}, "b.y": {"c"}, "c": set()}) == 3
     assert {"curriculum.geometry", "models.vit", "data.front_end"} <= GRAPH["objectives.mae"]
     assert "tasks.config" in GRAPH["cli"]  # also what is imported late
@@ -145,13 +139,13 @@ def test_files_are_short() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-def test_no_file_is_a_drawer_for_everything() -> None:
-    drawers = {"utils", "util", "helpers", "common", "misc"}
+def test_no_file_is_named_utils() -> None:
+    banned = {"utils", "util", "helpers", "common", "misc"}
     names = {file: {part.removesuffix(".py") for part in file.relative_to(ROOT).parts} for file in python_files()}
-    assert [file for file, parts in names.items() if parts & drawers] == []
+    assert [file for file, parts in names.items() if parts & banned] == []
 
 
-def test_files_say_what_they_are_and_what_their_letters_mean() -> None:
+def test_every_module_has_a_docstring_with_a_legend_of_its_axes() -> None:
     tops = {name: ast.get_docstring(ast.parse(file.read_text())) or "" for name, file in MODULES.items()}
     assert [name for name, top in tops.items() if not top] == []
     shapes = [name for name, file in MODULES.items() if "(B, " in file.read_text()]

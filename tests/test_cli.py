@@ -1,4 +1,4 @@
-"""The command line: its contract, its one-line errors, and the main job from end to end."""
+"""The command line: its commands and options, its one-line errors, and all main commands one after another."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def flags(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, set[st
     return {k: v for name, sub in subs[0].choices.items() for k, v in flags(sub, f"{prefix} {name}").items()}
 
 
-def test_the_command_line_is_frozen() -> None:
+def test_commands_and_options_are_unchanged() -> None:
     assert flags(cli.parser()) == FLAGS
 
 
-def test_help_answers_at_once_and_every_command_has_it() -> None:
+def test_every_command_has_help_and_help_needs_no_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "ssl_c2f", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and all(name.split()[0] in done.stdout for name in FLAGS), done.stderr
@@ -56,7 +56,7 @@ def test_help_answers_at_once_and_every_command_has_it() -> None:
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_shipped_config_loads_and_is_headed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_shipped_config_loads_and_has_a_header(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "validate", str(file)]) == 0
     loaded = config.read_any([str(file)])
     again = options.load(type(loaded), None, (), loaded.model_dump(mode="json"))
@@ -70,7 +70,7 @@ def test_every_shipped_config_loads_and_is_headed(file: Path, capsys: pytest.Cap
 
 
 def error(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command that fails prints."""
+    """The one line that a failing command prints."""
     capsys.readouterr()
     assert cli.main(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -124,7 +124,7 @@ def test_wrong_folders_are_one_line(
 
 
 def bad_recordings(folder: Path) -> set[str]:
-    """Every kind of bad file, and good ones that are unusual; returns the names of the bad ones."""
+    """Write every kind of bad file, and unusual good ones; returns the names of the bad ones."""
     folder.mkdir()
     noise = np.random.default_rng(0).normal(0, 0.1, 96_000).astype(np.float32)
     for i in range(4):
@@ -133,7 +133,7 @@ def bad_recordings(folder: Path) -> set[str]:
     soundfile.write(folder / "short.wav", noise[:480], 16_000)
     soundfile.write(folder / "long.wav", np.zeros(7200 * 8000, np.int16), 8_000)  # two hours
     soundfile.write(folder / "accent.wav", noise[:16_000], 16_000)
-    os.rename(folder / "accent.wav", os.fsencode(folder) + b"/caf\xe9.wav")  # as in a zip file of the nineties
+    os.rename(folder / "accent.wav", os.fsencode(folder) + b"/caf\xe9.wav")  # Latin-1, as in old zip files
     (folder / "text.wav").write_text("not audio at all")
     soundfile.write(folder / "empty.wav", noise[:0], 16_000)
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
@@ -144,7 +144,7 @@ def bad_recordings(folder: Path) -> set[str]:
     return {"text.wav", "empty.wav", "nan.wav", "cut.ogg"}
 
 
-def test_bad_recordings_end_no_run(tiny_config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_recordings_are_reported(tiny_config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = bad_recordings(tmp_path / "mixed")
     words = [tiny_config, f"data.root={tmp_path / 'mixed'}", "augment.mixup_prob=0"]
     assert cli.main(["pretrain", *words, f"run_dir={tmp_path / 'run'}", "data.cache_gb=0"]) == 0
@@ -158,8 +158,8 @@ def test_bad_recordings_end_no_run(tiny_config: str, tmp_path: Path, capsys: pyt
     assert all(f"{name}: " in out for name in bad) and "8 good, 4 bad" in out
 
 
-def test_the_main_job(tiny_config: str, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """plan, pretrain, resume, probe, fine-tune, evaluate, embed, predict and report, as a user types them."""
+def test_all_main_commands(tiny_config: str, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """plan, pretrain, resume, probe, finetune, evaluate, embed, predict and report, as typed by a user."""
     run, data = tmp_path / "run", f"data.root={sounds}"
     assert cli.main(["plan", tiny_config, data]) == 0
     assert "of single-phase" in capsys.readouterr().out

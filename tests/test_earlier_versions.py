@@ -1,4 +1,4 @@
-"""Folders, files and jobs that an earlier version made keep working.
+"""Run folders, checkpoints and queued jobs of an earlier version keep working.
 
 `earlier/run` was made by commit 395f74d, with `earlier/config.yaml` on the sounds of `write_dataset(folder,
 clips_per_class=5, seconds=0.5, sample_rate=8000)`; `earlier/fold-1` was fine-tuned from it.
@@ -27,13 +27,13 @@ EARLIER = Path(__file__).parent / "earlier"
 
 @pytest.fixture
 def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the earlier version found them."""
+    """The recordings, at the path where the earlier version found them."""
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "sounds", clips_per_class=5, seconds=0.5, sample_rate=8000)
     return "data.root=sounds"
 
 
-def test_a_run_goes_on_where_it_stood(sounds: str, tmp_path: Path) -> None:
+def test_a_run_resumes(sounds: str, tmp_path: Path) -> None:
     run = shutil.copytree(EARLIER / "run", tmp_path / "run")
     shutil.rmtree(run / "phases/1-fine")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -41,7 +41,7 @@ def test_a_run_goes_on_where_it_stood(sounds: str, tmp_path: Path) -> None:
     assert cli.main(["pretrain", str(EARLIER / "config.yaml"), sounds, f"run_dir={run}"]) == 0
     now, then = (checkpoint.load(checkpoints(folder)[-1]) for folder in (run, EARLIER / "run"))
     assert now.model.keys() == then.model.keys() and now.ema and then.ema
-    for name, tensor in then.model.items():  # another machine may round otherwise
+    for name, tensor in then.model.items():  # rounding differs between machines
         torch.testing.assert_close(now.model[name], tensor, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(now.ema[name], then.ema[name], rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""docs/models.md: the objective that it adds works as it stands there, and its table has all there are."""
+"""docs/models.md: the objective in it trains as printed, and its table lists every objective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = (ROOT / "docs/models.md").read_text()
 
 
 def patched(text: str, diff: str) -> str:
-    """The lines of a diff, in order: what is there, what goes, what comes."""
+    """Apply a diff without line numbers: context, removed and added lines in order."""
     lines, at = text.splitlines(), 0
     for line in diff.splitlines():
         kind, content = line[0], line[1:]
@@ -61,7 +61,7 @@ def test_the_example_trains(sounds: Path, tmp_path: Path) -> None:
     assert all(line["val/loss"] > 0 for line in lines if "val/knn_accuracy" in line)
 
 
-def test_an_objective_that_lacks_a_part_is_refused_when_it_is_made() -> None:
+def test_an_incomplete_objective_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         ObjectiveOptions(name="half")  # type: ignore[abstract]
     with pytest.raises(TypeError, match="abstract"):

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, with this Python, and say something."""
+"""The notebooks run from top to bottom without an error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from paths import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_some() -> None:
+def test_all_notebooks_are_found() -> None:
     assert len(NOTEBOOKS) == 4
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_it_was_executed_before_it_was_kept(file: Path) -> None:
-    """Readers who run nothing see the pictures."""
+def test_outputs_are_kept(file: Path) -> None:
+    """The files in the repository hold the outputs, for readers who do not run them."""
     cells = [cell for cell in nbformat.read(file, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"]

@@ -1,4 +1,4 @@
-"""What is in the wheel: an editable install, which the other tests use, finds every file in the checkout."""
+"""The contents of the wheel: the other tests use an editable install, which finds every file in the checkout."""
 
 from __future__ import annotations
 

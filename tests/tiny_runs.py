@@ -1,17 +1,16 @@
-"""A run that takes a second, with everything switched on that could keep it from repeating itself."""
+"""A run that takes a second and uses everything random, for tests of bit-exact resuming."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl_c2f.core import options
-from ssl_c2f.core.run_folder import newest_in
+from ssl_c2f.core.files import read_jsonl
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.train.recipe import RunOptions
 
-OF_TIME = ("train_seconds", "clips_per_second", "data_wait")  # what differs between two runs that are the same
+OF_TIME = ("train_seconds", "clips_per_second", "data_wait")  # the metrics that differ between two equal runs
 
 DEFAULTS: dict[str, Any] = {
     "audio": {"clip_seconds": 0.8, "num_mels": 32},
@@ -36,9 +35,9 @@ def run_options(root: Path, *overrides: str, model: type[RunOptions] = RunOption
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the time."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in OF_TIME} for line in lines]
+    """The records of metrics.jsonl without those metrics that measure time."""
+    return [{key: value for key, value in record.items() if key not in OF_TIME}
+            for record in read_jsonl(RunFolder(run).metrics)]
 
 
 def training_steps(run: Path) -> list[int]:
@@ -46,13 +45,12 @@ def training_steps(run: Path) -> list[int]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The newest one of each phase."""
-    folders: Sequence[Path] = sorted(run.glob("phases/*/checkpoints"))
-    return [found for folder in folders if (found := newest_in(folder))]
+    """The newest checkpoint of each phase."""
+    return [found for phase in RunFolder(run).phases() if (found := phase.newest())]
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    """All files of all phases' last checkpoints but for the state, which holds a time: name -> content."""
+    """Name -> content of all files of each phase's last checkpoint, except the state, which holds a time."""
     return {
         f"{folder.relative_to(run)}/{file.name}": file.read_bytes()
         for folder in checkpoints(run) for file in sorted(folder.iterdir()) if file.name != "state.json"

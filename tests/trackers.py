@@ -1,4 +1,4 @@
-"""A tracker of one phase, by itself."""
+"""A tracker of one phase, without a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ssl_c2f.track.tracker import Identity, Tracker, TrackingOptions
 def track(
     folder: Path, wandb: Any = "off", *, resume_step: int | None = None, timeout_seconds: float = 1.0, **more: Any
 ) -> Tracker:
+    """A tracker of the phase "coarse" in `folder`."""
     identity = Identity(
         folder, folder / "phases/0-coarse/wandb_id", "run", "pretrain/coarse", config={"phases": [{"name": "coarse"}]}
     )

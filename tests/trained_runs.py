@@ -1,4 +1,4 @@
-"""Tiny models that were trained for a moment, on tiny recordings."""
+"""Tiny recordings, and tiny models trained on them for a few steps."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ RATE = 8000
 
 
 def write_sounds(folder: Path, classes: tuple[str, ...] = CLASSES, per_class: int = 5, seconds: float = 0.5) -> Path:
+    """Synthetic recordings in a sub-folder per class, dealt out over five folds."""
     for name in classes:
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
@@ -27,6 +28,7 @@ def write_sounds(folder: Path, classes: tuple[str, ...] = CLASSES, per_class: in
 
 
 def train(folder: Path, root: Path, **objective: Any) -> Path:
+    """A run of four steps in `folder`, on the recordings in `root`, with fold 5 held out."""
     options_of_run = options.load(RunOptions, None, (), {
         "data": {"root": str(root), "val_folds": [5]},
         "audio": {"sample_rate": RATE, "clip_seconds": 0.5, "num_mels": 32},
@@ -44,9 +46,10 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 
 
 def of(model: Any, root: Path, **values: Any) -> Any:
+    """Options of a command, for the recordings in `root`."""
     return options.load(model, None, (), {"data": {"root": str(root)}, "device": "cpu", **values})
 
 
 def damage(folder: Path, name: str) -> None:
-    """Audio whose header is fine and whose samples are not."""
+    """Write audio with a valid header and samples that are NaN."""
     soundfile.write(folder / name, np.full(4000, np.nan, np.float32), RATE, subtype="FLOAT")

@@ -1,4 +1,4 @@
-"""What W&B's own files hold."""
+"""The records in W&B's own files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 def sent(folder: Path) -> list[dict[str, Any]]:
     """The records in the W&B files of `folder`.
 
-    Such a file is a LevelDB log of protobuf records: 7 bytes of its own, then blocks of 32 KiB holding fragments, each
-    behind a checksum (4 bytes), a length (2) and a kind (1 whole, 2 first, 3 middle, 4 last).
+    Such a file is a LevelDB log of protobuf records: a header of 7 bytes, then blocks of 32 KiB that hold fragments.
+    Each begins with a checksum (4 bytes), a length (2) and a kind (1 whole, 2 first, 3 middle, 4 last).
     """
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]

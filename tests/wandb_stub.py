@@ -1,6 +1,7 @@
-"""A W&B server for tests on loopback: what the real `wandb` and `wandb-workspaces` packages say to it is kept.
+"""A stub of W&B's server on the loopback interface, which records what the real `wandb` and `wandb-workspaces` send.
 
-It answers GraphQL by the name of the operation, takes uploads and history by offset, and can be slow, broken, or gone.
+It answers GraphQL requests by the name of the operation, accepts uploads and history by offset, and can be made slow,
+broken or unreachable.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 Json = dict[str, Any]
-KEY = "0123456789abcdef" * 2 + "planted0"  # 40 characters, as W&B's keys have
+KEY = "0123456789abcdef" * 2 + "planted0"  # 40 characters, like keys of W&B
 ENTITY = "someone"
 
 
@@ -37,12 +38,12 @@ class StubRun:
 
     @property
     def rows(self) -> list[Json]:
-        """All rows of the history, as they came."""
+        """All rows of the history, in the order of their arrival."""
         return [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
 
     @property
     def history(self) -> list[Json]:
-        """What is shown: of rows with the same number the last."""
+        """The rows that W&B would show: of rows with the same number the last."""
         return list({row["_step"]: row for row in self.rows}.values())
 
     @property
@@ -58,7 +59,7 @@ class StubRun:
 
     @property
     def bucket(self) -> Json:
-        """The run as `RunResumeStatus` and `UpsertBucket` tell of it."""
+        """The run in the answers to `RunResumeStatus` and `UpsertBucket`."""
         lines = self.files.get("wandb-history.jsonl", [])
         project = {"id": "project", "name": self.project, "entity": {"id": "entity", "name": ENTITY}}
         return {
@@ -123,7 +124,7 @@ class WandbStub:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse connections from now on; what was said stays."""
+        """Refuse connections from now on; keep what was recorded."""
         with self.lock:
             server, self.server = self.server, None
         if server:
@@ -132,18 +133,18 @@ class WandbStub:
             server.server_close()
 
     def refuse(self) -> None:
-        """`stop`, from within an answer."""
+        """The same as `stop`, while a request is being answered."""
         threading.Thread(target=self.stop).start()
 
     def restart(self) -> None:
-        """Serve again, at the same address."""
+        """Serve again at the same address."""
         self.stop()
         self.delay, self.status, self.watch = 0.0, 200, None
         self.server = _Server(("127.0.0.1", self.port), self)
         self._serve()
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Variables with which W&B talks to this server, and leaves nothing outside `folder`."""
+        """Environment variables that make W&B use this server and write only into `folder`."""
         names = ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
         places = {name: str(folder / name.lower()) for name in names}
         return {
@@ -152,10 +153,10 @@ class WandbStub:
         }
 
     def by_type(self) -> dict[str, StubRun]:
-        """Runs by their job type; of several the last."""
+        """Runs by job type; the last where several have the same."""
         return {run.fields["jobType"]: run for run in self.runs.values()}
 
-    # what is answered
+    # answers
 
     def answer(self, path: str, body: bytes, method: str) -> Any:
         """The answer to a request: JSON, or bytes of a file."""
@@ -186,7 +187,7 @@ class WandbStub:
         found = self.runs[run]
         for name, chunk in (body.get("files") or {}).items():
             lines, offset = found.files.setdefault(name, []), chunk.get("offset") or 0
-            lines[offset : offset + len(chunk["content"])] = chunk["content"]  # what is sent again is taken once
+            lines[offset : offset + len(chunk["content"])] = chunk["content"]  # what is sent again replaces the first
         if body.get("complete"):
             found.exit_code = body.get("exitcode")
         return {"limits": {}}
@@ -344,7 +345,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that has gone away
+        pass  # the client closed the connection
 
     def close_connections(self) -> None:
         for connection in list(self.connections):

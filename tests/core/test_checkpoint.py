@@ -1,4 +1,4 @@
-"""A checkpoint is complete or not there, and comes back bit for bit."""
+"""Checkpoints are written whole or not at all, and load bit-identically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alone every call is free; two real processes agree."""
+"""Collective calls do nothing in a single process, and agree between two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counter-based draws: what they depend on, and that they look random."""
+"""Counter-based random draws: what they depend on, and that they look random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options come from files and overrides exactly as written, and every mistake is told in one helpful line."""
+"""Options from files and overrides are read as written, and every mistake gives one helpful line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown of a phase that runs: one live line in a terminal, plain lines in a log."""
+"""The progress of a phase: one live line in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One writer per run folder, and an honest record of what made it."""
+"""A run folder has one writer, and its provenance is complete and without secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling along time: which frames take part in which cell."""
+"""Pooling along time: which frames are pooled into which cell."""
 
 from __future__ import annotations
 

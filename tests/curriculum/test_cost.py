@@ -1,4 +1,4 @@
-"""The cost that is promised before a run is the cost that PyTorch counts."""
+"""The cost computed before a run equals the FLOPs that PyTorch counts."""
 
 from __future__ import annotations
 

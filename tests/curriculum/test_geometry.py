@@ -1,4 +1,4 @@
-"""The sizes of every phase: they must agree with each other, and with what the filterbank really makes."""
+"""Geometries: their sizes agree with each other and with the output of the filterbank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes over a run is a pure function of the step."""
+"""Phases and schedules are pure functions of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of each weight when the geometry changes."""
+"""Transfer: what is done with each weight when the geometry changes."""
 
 from __future__ import annotations
 

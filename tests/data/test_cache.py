@@ -1,4 +1,4 @@
-"""Spectrograms that are kept in memory: how much memory that takes, while they are made and after."""
+"""Memory used by spectrograms that are cached, while they are computed and afterwards."""
 
 from __future__ import annotations
 

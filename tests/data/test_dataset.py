@@ -1,4 +1,4 @@
-"""Crops, windows, replacements and partners: the same ones, whoever asks, when, and from where."""
+"""Crops, windows, replacements for bad files and mixup partners are the same in any process and order."""
 
 from __future__ import annotations
 

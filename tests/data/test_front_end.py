@@ -1,4 +1,4 @@
-"""From audio to the batch that an objective sees."""
+"""The front end: from audio to the batch that an objective gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of every shape: counts, fairness, contiguity, and independence of whatever else is in the batch."""
+"""Masks of every shape: counts, uniform coverage, contiguity, and independence of the rest of the batch."""
 
 from __future__ import annotations
 

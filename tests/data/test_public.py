@@ -1,4 +1,4 @@
-"""Public sets, laid out in miniature as their authors' documentation describes them."""
+"""Public data sets, laid out in miniature as their documentation describes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which clips make up which batch, for any number of devices and however often a run is interrupted."""
+"""Which clips form which batch, for any number of devices and interruptions."""
 
 from __future__ import annotations
 

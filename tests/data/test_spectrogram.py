@@ -1,4 +1,4 @@
-"""The filterbank against Kaldi's, and where tones and clicks land in it."""
+"""The filterbank equals Kaldi's, and tones and clicks appear at the right place in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""slurm/launch.py where there is no cluster: what it prints, what it refuses, and what a job is made of."""
+"""slurm/launch.py without a cluster: its output, its errors, and the jobs that it makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--cluster local`: jobs of this machine, how they stand, and how they are stopped."""
+"""`--cluster local`: jobs on this machine, their status, and how they are stopped."""
 
 from __future__ import annotations
 

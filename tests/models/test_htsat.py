@@ -1,4 +1,4 @@
-"""HTS-AT: what lands where when time is folded, what it costs, and training it from coarse to fine."""
+"""HTS-AT: how time is folded into an image, its cost, and training it from coarse to fine."""
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Which mel and frame lands in which token, and what the encoder and the decoder make of the tokens."""
+"""Which mel bin and frame belongs to which token, and what the encoder and the decoder compute from tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patches that overlap, as AST has them, and its two class tokens."""
+"""Overlapping patches and two class tokens, as in AST."""
 
 from __future__ import annotations
 

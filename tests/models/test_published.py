@@ -1,4 +1,4 @@
-"""Weights that others published, by way of `ssl_c2f convert`: recognised, mapped, and giving what they gave there."""
+"""Published weights through `ssl_c2f convert`: recognised, mapped, and with the outputs of the published codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent prediction: what the teacher is, what it says, and that the student learns it from what it sees."""
+"""Latent prediction: the teacher, its targets, and what the student's loss depends on."""
 
 from __future__ import annotations
 

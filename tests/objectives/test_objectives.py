@@ -1,4 +1,4 @@
-"""What the objectives learn from, and what they must not depend on."""
+"""What the losses of the objectives depend on, and what they must not depend on."""
 
 from __future__ import annotations
 

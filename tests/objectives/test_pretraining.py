@@ -1,4 +1,4 @@
-"""Each objective through three phases: resumed at every step, and learning what it is there for."""
+"""Each objective through three phases: resuming at every step, and learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SSAST: its losses are those of the published code, and no clip's depend on padding or on its batch."""
+"""SSAST: its losses equal the published code's and do not depend on padding or on the rest of the batch."""
 
 from __future__ import annotations
 

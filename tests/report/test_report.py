@@ -1,4 +1,4 @@
-"""The page says what is in a run folder, says what is not, and harms nobody."""
+"""The report page shows what is in a run folder and names what is missing; nothing in a run can harm its reader."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_complete_run_shows_everything(tmp_path: Path) -> None:
 
 
 def test_objectives_without_a_comparable_loss_or_with_other_accuracies(tmp_path: Path) -> None:
-    """A spread is drawn; a share of patches that were told apart is no probe score."""
+    """std_of_l2_normalized is drawn; SSAST's accuracy of matching patches is no probe score."""
     run = make_run(tmp_path / "latent")
     text = (run / "metrics.jsonl").read_text()
     text = text.replace('"val/loss"', '"val/nce_accuracy"').replace('"grad_norm"', '"std_of_l2_normalized"')
@@ -71,7 +71,7 @@ def test_the_best_fine_tuning_is_of_the_runs_own_weights_and_of_one_metric(tmp_p
 
 
 def test_no_file_from_elsewhere_gets_into_the_page(tmp_path: Path) -> None:
-    """Whoever sends a run could else have the page of it show files of whoever opens it."""
+    """A run from someone else could otherwise make its page show files of the person who opens it."""
     run, secret = make_run(tmp_path / "run"), tmp_path / "secret"
     secret.write_text("planted")
     pictures = run / "phases" / "0-coarse" / "pictures"
@@ -86,7 +86,7 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "full"))
     assert all(str(address).startswith("data:") for address in page.addresses)
     assert not re.findall(r"url\(|@import|fetch\(|import\(", page.source)
-    assert set(re.findall(r"https?://[^\"' )]+", page.source)) == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert set(re.findall(r"https?://[^\"' )]+", page.source)) == {"http://www.w3.org/2000/svg"}  # never fetched
     assert "default-src 'none'" in page.source
 
 
@@ -97,7 +97,7 @@ def test_an_empty_folder_gives_a_page(tmp_path: Path) -> None:
     assert page.data["runs"][0]["curves"] == {}
 
 
-def test_a_crashed_run_is_told_from_a_running_and_a_stopped_one(tmp_path: Path) -> None:
+def test_crashed_running_and_stopped_runs_are_distinguished(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     shutil.rmtree(run / "phases" / "2-fine")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -137,7 +137,7 @@ def test_any_part_may_be_missing_or_half_written(tmp_path: Path, part: str, how:
 @given(st.sampled_from(['<img src=x onerror="alert(1)">', "</script><script>alert(1)</script>", "<!--", "a&b\"c'd"]))
 def test_names_are_shown_as_text(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        safe = name.replace("/", "_")  # a folder's name cannot hold a slash, everything else can
+        safe = name.replace("/", "_")  # no slash can be in the name of a folder
         run = make_run(Path(folder) / safe, phases=(safe, "b"))
         scores = {"accuracy": 1.0, "classes": [name, name + "2"], "confusion": [[1, 0], [0, 1]]}
         write(run / "finetune" / safe / "scores.json", scores)
@@ -194,7 +194,7 @@ def test_thinning_keeps_ends_means_and_extremes(rows: list[tuple[int, float | No
     y, ends = np.array(found["y"]), found["flops"]
     assert ends == sorted(set(ends)) and ends[-1] == there[-1][0]
     assert len(y) <= points + 3
-    assert {rows[int(end)][0] for end in ends} == {phase for _, phase, _ in there}  # a phase is never lost in another
+    assert {rows[int(end)][0] for end in ends} == {phase for _, phase, _ in there}  # no point covers two phases
     values = np.array([value for _, _, value in there])
     low, high = np.array(found.get("low", y)), np.array(found.get("high", y))
     assert np.isclose(low.min(), values.min(), rtol=1e-5) and np.isclose(high.max(), values.max(), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium from the system, driven by Selenium."""
+"""The report page in a real browser: Chromium, driven by Selenium."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A browser that saves files into `chrome.downloads` and tells what it requests."""
+    """A browser that saves files into `chrome.downloads` and logs its requests."""
     from selenium import webdriver
 
     if not (CHROMIUM and DRIVER):
@@ -41,7 +41,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def show(chrome: Any, page: Path, width: int = 1200, dark: bool = False) -> float:
-    """Open a page; seconds that it took."""
+    """Open a page; returns the seconds that it took."""
     chrome.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -60,9 +60,9 @@ def js(chrome: Any, code: str) -> Any:
 
 
 def download(chrome: Any, button: str, file: str) -> str:
-    """Click a button and read what it saves."""
+    """Click a button and return the text of the file that it saves."""
     path = chrome.downloads / file
-    path.unlink(missing_ok=True)  # a second one would get another name
+    path.unlink(missing_ok=True)  # the browser would choose another name for a second one
     found = chrome.find_element("css selector", button)
     chrome.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
     found.click()
@@ -179,7 +179,7 @@ def test_figures_and_tables_are_saved(chrome: Any, page: Path) -> None:
     assert js(chrome, "getComputedStyle(document.querySelector('.line')).stroke") == "rgb(0, 103, 168)"
 
 
-def test_classes_are_in_their_places(chrome: Any, page: Path) -> None:
+def test_matrix_and_bars_show_each_class(chrome: Any, page: Path) -> None:
     show(chrome, page)
     place = "[data-name='b/default']"
     bars = f"[...document.querySelectorAll(\"[data-kind=bars]{place} text\")].map((t) => t.textContent)"
@@ -195,7 +195,7 @@ def test_classes_are_in_their_places(chrome: Any, page: Path) -> None:
 
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_sticks_out_and_everything_can_be_read(chrome: Any, page: Path, width: int, dark: bool) -> None:
+def test_nothing_overflows_and_contrast_is_sufficient(chrome: Any, page: Path, width: int, dark: bool) -> None:
     show(chrome, page, width, dark)
     assert js(chrome, "document.documentElement.scrollWidth") <= width
     paper, ink = (

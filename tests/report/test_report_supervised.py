@@ -1,4 +1,4 @@
-"""Pages of runs with labels, made by the commands' own functions."""
+"""Report pages of supervised runs, made by the functions behind the commands."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ssl_c2f.train.weights import load_weights
 
 @pytest.fixture(scope="module")
 def page(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    """Of a classifier that was trained in three phases."""
+    """The page of a classifier that was trained in three phases."""
     run = tmp_path_factory.mktemp("runs") / "labelled"
     engine.run(run_options(sounds, "objective={name: supervised}", "evaluation.every=1"), run, kind="train")
     assert all("mask_ratio" not in line for line in records(run))
     return page_of(run)
 
 
-def test_nothing_is_said_of_masks_and_neighbours(page: Page) -> None:
+def test_masks_and_nearest_neighbours_are_not_mentioned(page: Page) -> None:
     assert set(page.data["runs"][0]["curves"]) == {"classifier", "loss", "lr", "tokens"}
     assert "The classifier on held-out clips" in page.text
     assert "No validation" not in page.text

@@ -1,4 +1,4 @@
-"""What is printed at the end of a run."""
+"""The table that is printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def test_a_line_for_each_phase_and_the_paths_of_what_was_made(
     records = [
         {"phase": "coarse", "step": 1, "samples": 8, "flops": 1e12, "train_seconds": 0.1, "loss": 9.0},
         {"phase": "coarse", "step": 512, **axes, "loss": 0.51234},
-        {"phase": "coarse", "step": 512, **axes, "val/loss": 0.6},  # joins the line before
+        {"phase": "coarse", "step": 512, **axes, "val/loss": 0.6},  # shown in the same line as the record before
         {"phase": "fine", "step": 600, "samples": 5000, "flops": 3e15, "train_seconds": 99.9, "loss": 0.4},
     ]
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "metrics.jsonl").write_text(lines + '{"phase": "fi')  # killed while it wrote
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"phase": "fi')  # the process was killed while it wrote this
     (tmp_path / "bad_files.jsonl").write_text("{}\n{}\n")
     steps = ("0-coarse/checkpoints/step-00000256", "0-coarse/checkpoints/step-00000512", "1-fine/checkpoints")
     for step in steps:

@@ -1,4 +1,4 @@
-"""Which report of W&B's a command brings up to date."""
+"""Which W&B report a command updates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssl_c2f.report import wandb_report
 
 
 class Server:
-    """As much of `wandb_workspaces.reports.v2` as opening a report takes."""
+    """The part of `wandb_workspaces.reports.v2` that opens and makes reports."""
 
     def __init__(self) -> None:
         self.made: list[Any] = []

@@ -1,4 +1,4 @@
-"""A real Slurm of five nodes on this machine, for the tests in this folder."""
+"""A real Slurm with five nodes on this machine, for the tests in this folder."""
 
 from __future__ import annotations
 

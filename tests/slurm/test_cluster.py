@@ -1,4 +1,4 @@
-"""The ways in which runs get into the queue, and what is said about those that cannot."""
+"""How runs are submitted to Slurm, and the errors where they cannot be."""
 
 from __future__ import annotations
 

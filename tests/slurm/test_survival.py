@@ -1,4 +1,4 @@
-"""Whatever ends a job, mid-phase or on a phase's boundary: the run ends with the weights of one that was left alone."""
+"""Whatever ends a job, within a phase or between two: the run ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python interface: models by name, path or repository; a folder that the Hub could hold."""
+"""The Python interface: models by name, path or repository, and a folder that can be uploaded to the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo, shortened: everything that it makes is there, and a second call only looks at it again."""
+"""The demo, shortened: it makes everything that it should, and a second call repeats no work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a classifier on recordings, what they are written to, and how a checkpoint is opened."""
+"""Scores of a classifier on recordings, the files they are written to, and how a checkpoint is opened."""
 
 from __future__ import annotations
 

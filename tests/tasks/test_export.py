@@ -1,4 +1,4 @@
-"""Weights that leave: for transformers, ONNX and safetensors; and back again."""
+"""Exports to transformers, ONNX and safetensors, and imports of them."""
 
 from __future__ import annotations
 

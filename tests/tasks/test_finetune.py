@@ -1,4 +1,4 @@
-"""Which weights fine-tuning begins with, and which recordings each fold learns from."""
+"""Which weights fine-tuning starts from, and which recordings each fold trains on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published weights at work: fine-tuned at another length and stride, probed, and their licence kept."""
+"""Imported weights: fine-tuned at another length and stride, probed, and their licence kept."""
 
 from __future__ import annotations
 

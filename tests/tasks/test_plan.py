@@ -1,4 +1,4 @@
-"""What a run will cost as `plan` prints it, and as it measures it."""
+"""The cost of a run as `plan` computes it, and as it measures it."""
 
 from __future__ import annotations
 

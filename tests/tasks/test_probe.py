@@ -1,4 +1,4 @@
-"""Probes judge features by the folds that they were not fitted on, and by nothing else."""
+"""Probes are fitted without the fold that they are scored on."""
 
 from __future__ import annotations
 

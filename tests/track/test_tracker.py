@@ -1,4 +1,4 @@
-"""metrics.jsonl has every step once; W&B, real and offline here, can do no harm."""
+"""metrics.jsonl has every step once, and a failure of W&B (real, offline) never harms a run."""
 
 from __future__ import annotations
 

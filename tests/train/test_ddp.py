@@ -1,4 +1,4 @@
-"""Two processes do the mathematics of one. Their difference after 20 steps is the order of sums in float32."""
+"""Two processes compute the same as one: after 20 steps they differ only by the order of sums in float32."""
 
 from __future__ import annotations
 

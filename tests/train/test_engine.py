@@ -1,4 +1,4 @@
-"""The loop: an interrupted run equals a straight one, whatever is done to it in between."""
+"""The training loop: an interrupted run equals an uninterrupted one, whatever is done to it in between."""
 
 from __future__ import annotations
 

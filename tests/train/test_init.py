@@ -1,4 +1,4 @@
-"""Runs that start from weights: of images, of another run, of a published file."""
+"""Runs that start from weights of an image model, of another run, or of a published file."""
 
 from __future__ import annotations
 

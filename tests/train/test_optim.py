@@ -1,4 +1,4 @@
-"""Each parameter is in one group, with the decay and the share of the learning rate that it should have."""
+"""Each parameter is in one group, with the right weight decay and learning rate."""
 
 from __future__ import annotations
 

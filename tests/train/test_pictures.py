@@ -1,4 +1,4 @@
-"""Pictures show what they say: the right cell at the right place, in the right colour."""
+"""Pictures of spectrograms: every cell has the right place and colour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step is: a run against the same steps written out by hand, and what each phase asks of its own."""
+"""The training step: a run against the same steps written out by hand, and the options of each phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation may take long: it never stands between a signal and a saved run, and none is left out for it."""
+"""A signal is obeyed during validation, the run is saved first, and no validation is left out."""
 
 from __future__ import annotations
 
