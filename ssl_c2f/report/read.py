@@ -120,9 +120,10 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 def read_run(path: Path, name: str) -> RunData:
     folder = RunFolder(path)
     log, plan = read_log(folder.metrics), read_json(folder.plan)
+    config = folder.config.read_text("utf-8", "replace") if folder.config.exists() else ""
     return RunData(
         name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
-        provenance=read_json(folder.provenance), config=_text(folder.config), lock=locks.state(folder.lock_file),
+        provenance=read_json(folder.provenance), config=config, lock=locks.state(folder.lock_file),
         bad_files=len(read_jsonl(folder.bad_files)),
         tuned=_by_folder(path, "finetune/*/scores.json"), evaluated=_by_folder(path, "evaluation/*/scores.json"),
         probes=_by_folder(path, "probe/*/probe.json"),
@@ -171,10 +172,3 @@ def _clip(folder: Path, entry: Json) -> ClipPictures:
     images = {view: data_uri(file, "image/png") for view, file in entry["pictures"].items()}
     found = {view: image for view, image in images.items() if image}
     return ClipPictures(entry["clip"], found, data_uri(entry.get("sound"), "audio/mpeg"))
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
