@@ -11,73 +11,74 @@ The same command again goes on: what is done or queued is left alone. docs/slurm
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ssl_c2f.cli import parse
+from ssl_c2f import cli
+from ssl_c2f.cli import CKPT, CONFIG, Argument, Command, argument
 from ssl_c2f.core.options import UserError
 
-WORDS = "a YAML file or the name of a shipped config, then overrides such as data.root=FOLDER phases.0.epochs=5"
-CLUSTER = "auto: slurm where sbatch is there and sinfo answers, else local; debug: in this process"
+SBATCH = ("partition", "account", "qos", "constraint", "exclude", "comment", "mail-user", "mail-type")
+
+
+def number(name: str, least: int, default: int, help: str | None = None) -> Argument:
+    """A flag with a whole number."""
+    return argument(name, help, type=_at_least(name, least), default=default, metavar="N")
+
+
+def _at_least(name: str, least: int) -> Callable[[str], int]:
+    def whole_number(word: str) -> int:
+        if (value := int(word)) < least:
+            raise UserError(f"{name} must be at least {least}")
+        return value
+
+    return whole_number
+
+
+FLAGS = (
+    argument("--run-dir", "the run's folder, which all nodes must see", type=Path),
+    argument("--cluster", "auto: slurm where sbatch is there and sinfo answers, else local; debug: in this process",
+             choices=("auto", "slurm", "local", "debug"), default="auto"),
+    number("--nodes", 1, 1),
+    number("--ngpus", 0, 1, "GPUs of a node, a process for each; 0: the CPU"),
+    number("--cpus-per-task", 1, 8),
+    argument("--mem", "of a node, such as 64GB"),
+    number("--timeout", 1, 24 * 60, "minutes; a job that needs more is requeued"),
+    number("--grace", 1, 120, "seconds before its end at which a job is told to save"),
+    number("--max-timeouts", 0, 30, "how often a job is requeued at its time limit"),
+    *(argument(f"--{name}", "as sbatch has it") for name in SBATCH),
+    argument("--setup", "before the job: 'module load x'", action="append", default=[], metavar="LINE"),
+    argument("--srun-args", "more for srun; one alone: --srun-args=--x", default="", metavar="'--x --y=1'"),
+    argument("--python", "such as 'apptainer exec --nv image.sif python'", metavar="COMMAND"),
+    argument("--snapshot", "jobs use a copy of the code as it is now", action="store_true"),
+    argument("--dry-run", "print scripts, what waits for what, and the cost", action="store_true"),
+    argument("--wait", "stay until all jobs have ended", action="store_true"),
+)
+SWEEPS = (
+    argument("--seeds", "one run for each, as arrays", default="", metavar="0,1,2"),
+    argument("--sweep", "one run for each value", action="append", default=[], metavar="KEY=A,B,C"),
+)
+PHASES = argument("--phases", "only these", default="", metavar="A,B")
+TUNING = argument("--finetune-config", metavar="CONFIG")
+
+
+def _launched(*own: Argument) -> Command:
+    return Command("launch.commands.launch", None, (CONFIG, *own, *SWEEPS, *FLAGS))
+
+
+RUN = argument("run", type=Path, metavar="RUN")
+COMMANDS = {
+    "pretrain": _launched(PHASES), "train": _launched(PHASES), "finetune": _launched(CKPT), "evaluate": _launched(CKPT),
+    "pipeline": _launched(TUNING),
+    "status": Command("launch.status.print_status", None, (RUN,)),
+    "cancel": Command("launch.commands.cancel", None, (RUN,)),
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a job failed, 2 for a user's mistake (told in one line)."""
-    try:
-        arguments = parse(parser(), words)
-        from ssl_c2f.launch import commands as launching  # imports torch: --help need not
-
-        return launching.launch(arguments)
-    except UserError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("launch.py: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 141
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in ("pretrain", "train", "finetune", "evaluate", "pipeline"):
-        sub = commands.add_parser(name)
-        sub.add_argument("words", nargs="*", metavar="CONFIG | KEY=VALUE", help=WORDS)
-        if name in ("finetune", "evaluate"):
-            sub.add_argument("--ckpt", type=Path, required=True, metavar="RUN|FILE")
-        if name == "pipeline":
-            sub.add_argument("--finetune-config", default=None, metavar="CONFIG")
-        sub.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each, as arrays")
-        sub.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,C", help="one run for each value")
-        if name in ("pretrain", "train"):
-            sub.add_argument("--phases", default="", metavar="A,B", help="only these")
-        _add_flags(sub)
-    for name in ("status", "cancel"):
-        commands.add_parser(name).add_argument("run", type=Path, metavar="RUN")
-    return top
-
-
-def _add_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--run-dir", type=Path, default=None, help="the run's folder, which all nodes must see")
-    sub.add_argument("--cluster", choices=("auto", "slurm", "local", "debug"), default="auto", help=CLUSTER)
-    sub.add_argument("--nodes", type=int, default=1)
-    sub.add_argument("--ngpus", type=int, default=1, help="GPUs of a node, a process for each; 0: the CPU")
-    sub.add_argument("--cpus-per-task", type=int, default=8)
-    sub.add_argument("--mem", default=None, help="of a node, such as 64GB")
-    sub.add_argument("--timeout", type=int, default=24 * 60, help="minutes; a job that needs more is requeued")
-    sub.add_argument("--grace", type=int, default=120, help="seconds before its end at which a job is told to save")
-    sub.add_argument("--max-timeouts", type=int, default=30, help="how often a job is requeued at its time limit")
-    for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mail-user", "mail-type"):
-        sub.add_argument(f"--{name}", default=None, help="as sbatch has it")
-    sub.add_argument("--setup", action="append", default=[], metavar="LINE", help="before the job: 'module load x'")
-    sub.add_argument("--srun-args", default="", metavar="'--x --y=1'", help="more for srun; one alone: --srun-args=--x")
-    sub.add_argument("--python", default=None, metavar="COMMAND", help="such as 'apptainer exec --nv image.sif python'")
-    sub.add_argument("--snapshot", action="store_true", help="jobs use a copy of the code as it is now")
-    sub.add_argument("--dry-run", action="store_true", help="print scripts, what waits for what, and the cost")
-    sub.add_argument("--wait", action="store_true", help="stay until all jobs have ended")
+    return cli.main(words, cli.parser(COMMANDS, "launch.py", __doc__ or ""))
 
 
 if __name__ == "__main__":

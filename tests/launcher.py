@@ -22,13 +22,18 @@ tracking: {wandb: off}
 """
 
 
-def launch(*words: object) -> int:
-    """Run slurm/launch.py in this process; its exit status."""
+def launch_module() -> Any:
+    """slurm/launch.py, which is no module of a package."""
     spec = importlib.util.spec_from_file_location("launch", LAUNCH)
     assert spec and spec.loader
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    status: int = module.main([str(word) for word in words])
+    return module
+
+
+def launch(*words: object) -> int:
+    """Run slurm/launch.py in this process; its exit status."""
+    status: int = launch_module().main([str(word) for word in words])
     return status
 
 

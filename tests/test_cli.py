@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import tiny_runs
+from launcher import launch_module
 from paths import ROOT
 
 from ssl_c2f import cli
@@ -27,7 +30,7 @@ FLAGS = {
     "convert": {"file", "--out", "words"}, "export": {"ckpt", "--format", "--out"},
     "config show": {"words"}, "config validate": {"words"}, "config diff": {"words"},
     "data manifest": {"words", "--out"}, "data check": {"words"}, "data stats": {"words"},
-    "data build": {"words", "set", "--out", "--download"}, "data shard": {"words", "--out", "--gigabytes"},
+    "data build": {"words", "name", "--out", "--download"}, "data shard": {"words", "--out", "--gigabytes"},
 }
 
 
@@ -53,6 +56,35 @@ def test_every_command_has_help_and_help_needs_no_torch() -> None:
         with pytest.raises(SystemExit) as exit_:
             cli.main([*name.split(), "--help"])
         assert exit_.value.code == 0
+
+
+def commands(table: cli.Table) -> list[cli.Command]:
+    """Every command of a table."""
+    below = [commands(entry.commands) if isinstance(entry, cli.Group) else [entry] for entry in table.values()]
+    return [command for found in below for command in found]
+
+
+def test_every_command_has_a_function_that_takes_its_arguments() -> None:
+    for command in commands(cli.COMMANDS) + commands(launch_module().COMMANDS):
+        module, _, name = command.does.rpartition(".")
+        takes = inspect.signature(getattr(import_module(f"ssl_c2f.{module}"), name)).parameters
+        if set(takes) == {"arguments"}:
+            continue
+        given = {each.how.get("dest") or each.name.removeprefix("--").replace("-", "_") for each in command.arguments}
+        given = {"options" if name == "words" and "options" in takes else name for name in given}
+        needed = {name for name, parameter in takes.items() if parameter.default is parameter.empty}
+        assert needed <= given <= set(takes), command.does
+
+
+def test_a_config_is_validated_whatever_its_comments_say_and_where_overrides_stand(
+    tmp_path: Path, tiny_config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("# unlike name: supervised, this needs no labels\n" + Path(tiny_config).read_text())
+    assert cli.main(["config", "validate", str(file)]) == 0
+    assert cli.main(["config", "validate", "seed=3", "pretrain/mae_c2f"]) == 0
+    assert cli.main(["config", "show", "seed=3", str(file), "objective={name: supervised}", "ema=0"]) == 0
+    assert "seed: 3\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")

@@ -69,28 +69,37 @@ def load(
     Raises:
         UserError: one line with the source (the file, or "command line"), the key, what is wrong and what would do.
     """
-    source = str(file) if file else _COMMAND_LINE
+    data = merge(file, overrides, defaults, list(_alternatives(model)))
+    if problems := _problems(model, data):
+        key, problem = next(iter(problems.items()))
+        from_file = merge(file, (), defaults, resolve=False)
+        is_files = file and (not overrides or _problems(model, from_file).get(key) == problem)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{file if is_files else _COMMAND_LINE}: {problem}{more}")
+    return model.model_validate_json(_json(data))  # in JSON's strict mode a list does for a tuple, text for a path
+
+
+def merge(
+    file: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None,
+    alternatives: Sequence[tuple[str, tuple[str, ...]]] = (), *, resolve: bool = True,
+) -> dict[str, Any]:
+    """What `load` fills a model with: the sources put together, whatever the model makes of it.
+
+    Raises:
+        UserError: as `load`, but for what a model says.
+    """
     config = OmegaConf.create(dict(defaults or {}))
     try:
         if file:
             config.merge_with(_read(file))
-        from_file = OmegaConf.to_container(config)
-        groups = list(_alternatives(model))
         for override in overrides:
             _assign(config, override)
-            _drop_alternatives(config, override, overrides, groups)
-        data = OmegaConf.to_container(config, resolve=True)
+            _drop_alternatives(config, override, overrides, alternatives)
+        merged: Any = OmegaConf.to_container(config, resolve=resolve)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
-        source = _COMMAND_LINE if any("${" in override for override in overrides) else source
+        source = file if file and not any("${" in override for override in overrides) else _COMMAND_LINE
         raise UserError(f"{source}: {error.full_key}: {_brief(error)}") from None
-
-    if problems := _problems(model, data):
-        key, problem = next(iter(problems.items()))
-        if overrides and _problems(model, from_file).get(key) != problem:
-            source = _COMMAND_LINE
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source}: {problem}{more}")
-    return model.model_validate_json(_json(data))  # in JSON's strict mode a list does for a tuple, text for a path
+    return dict(merged)
 
 
 def dump(options: Options) -> str:

@@ -24,7 +24,7 @@ from ssl_c2f.launch.jobs import Job
 
 # A signal that comes while Python still imports would end it, and with it the job and all that wait for it.
 _PATIENT = """sh -c 'trap "" USR2 TERM; exec "$0" "$@"'"""
-_PLAIN = ("partition", "account", "qos", "constraint", "exclude", "comment", "mail_user", "mail_type")
+PLAIN = ("partition", "account", "qos", "constraint", "exclude", "comment", "mail_user", "mail_type")  # as sbatch
 _ENDING_SECONDS = 90.0  # how long a launcher waits for jobs that are on their way out
 
 

@@ -1,4 +1,4 @@
-"""The commands of slurm/launch.py."""
+"""The commands of slurm/launch.py: submit, or run here, what is left to do of what was asked for."""
 
 from __future__ import annotations
 
@@ -10,94 +10,88 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import submitit
 
-from ssl_c2f.core import options as files
+from ssl_c2f.core import options as option_files
 from ssl_c2f.core.files import write_text
-from ssl_c2f.core.options import Options, UserError
+from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
 from ssl_c2f.core.provenance import redact
-from ssl_c2f.launch import cluster, local, schedule
-from ssl_c2f.launch import status as jobstatus
+from ssl_c2f.launch import cluster, local, schedule, status, work
 from ssl_c2f.launch.cluster import Resources
-from ssl_c2f.launch.jobs import COMMAND, FOLDER, Job, events_of
-from ssl_c2f.launch.schedule import Chain, Task
-from ssl_c2f.tasks import config
-from ssl_c2f.tasks.evaluate import EvaluateOptions
-from ssl_c2f.tasks.finetune import FinetuneOptions, check_origin, checkpoint_defaults
-from ssl_c2f.train.weights import find_checkpoint, find_published, load_weights, results_folder
+from ssl_c2f.launch.jobs import COMMAND, FOLDER, events_of
+from ssl_c2f.launch.schedule import Batch, Schedule, Task
 
 _POLL_SECONDS = 2.0
 
 
-@dataclass
-class Work:
-    """What a command wants done: chains of tasks, and the options that their jobs will read."""
-
-    folder: Path
-    chains: list[Chain] = field(default_factory=list)
-    configs: list[tuple[Options, Path]] = field(default_factory=list)
-
-
 def launch(arguments: argparse.Namespace) -> int:
-    """Do a command; returns the exit status.
+    """Submit what a command asks for, or run it here; returns the exit status.
 
     Raises:
         UserError: nothing was left in the queue.
     """
-    if arguments.command == "status":
-        jobstatus.print_status(arguments.run.resolve())
-        return 0
-    if arguments.command == "cancel":
-        return _cancel(arguments.run.resolve())
     resources = _resources(arguments)
-    work = _work(arguments, resources)
+    folder, runs = work.read_runs(arguments, resources.world)
     kind, why = cluster.choose(arguments.cluster)
     print(f"cluster: {kind} ({why})")
     if kind in ("local", "debug") and resources.nodes > 1:
         raise UserError(f"--cluster {kind} is this one machine: it cannot give {resources.nodes} nodes")
     if kind == "debug" and resources.world > 1:
         raise UserError("--cluster debug is one process: use --ngpus 1")
+    stages = [run.stages for run in runs]
     if arguments.dry_run:
-        _print_dry_run(work, resources, kind)
+        _print_dry_run(stages, schedule.make_schedule(stages, {}), resources, folder, kind)
         return 0
-    todo = [task for chain in work.chains for stage in chain for task in stage if not task.done and task.wanted]
+    todo = [task for task in _tasks(stages) if not task.is_done() and task.wanted]
     if not todo:
-        print(f"{work.folder}: nothing to submit, all of it is done")
+        print(f"{folder}: nothing to submit, all of it is done")
         return 0
-    with schedule.alone(work.folder / FOLDER):
+    with schedule.alone(folder / FOLDER):
         if kind == "slurm":
             largest = next((task.job for task in todo if not task.job.is_alone), todo[0].job)
-            cluster.check(resources.of(largest), work.folder / FOLDER)
-        for options, path in work.configs:
-            write_text(path, files.dump(options))
-            write_text(path.with_name(COMMAND), json.dumps(redact(sys.argv)) + "\n")
-        resources = _with_snapshot(resources, work.folder) if arguments.snapshot else resources
+            cluster.check(resources.of(largest), folder / FOLDER)
+        for file, options in itertools.chain(*(run.configs.items() for run in runs)):
+            write_text(file, option_files.dump(options))
+            write_text(file.with_name(COMMAND), json.dumps(redact(sys.argv)) + "\n")
+        if arguments.snapshot:
+            resources = _with_snapshot(resources, folder)
         if kind != "slurm":
-            return _run_here(kind, resources, work)
-        ids = _submit(resources, work)
-    return _wait(work, ids) if arguments.wait else 0
+            return _run_here(kind, resources, folder, schedule.make_schedule(stages, {}))
+        numbers = _submit(stages, resources, folder)
+    return _wait(folder, numbers) if arguments.wait else 0
+
+
+def cancel(run: Path) -> None:
+    """Cancel all jobs of a run, on Slurm and on this machine."""
+    path = run.resolve()
+    runs = status.runs_below(path)
+    gone = _cancel_local(runs)
+    there = cluster.active(set().union(*map(schedule.slurm_ids, runs)))
+    cluster.cancel(there)
+    gone += sorted(there)
+    for job in (job for each in runs for job in status.jobs_of(each) if job.state.startswith("started on")):
+        raise UserError(f"{job.name} was {job.state}: cancel it there")
+    print(f"cancelled {', '.join(gone)}" if gone else f"{path}: no job of it is queued or runs")
+
+
+def _tasks(runs: Sequence[schedule.Stages]) -> list[Task]:
+    return [task for stages in runs for stage in stages for task in stage]
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:
-    plain = ("partition", "account", "qos", "constraint", "exclude", "comment", "mail_user", "mail_type")
-    for name, least in (("nodes", 1), ("ngpus", 0), ("cpus_per_task", 1), ("timeout", 1), ("grace", 1)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     if arguments.grace >= 60 * arguments.timeout:
         raise UserError(f"--grace {arguments.grace} seconds leave nothing of --timeout {arguments.timeout} minutes")
     _split("--python", arguments.python or "")
-    return Resources(
-        nodes=arguments.nodes, ngpus=arguments.ngpus, cpus_per_task=arguments.cpus_per_task, mem=arguments.mem,
-        timeout=arguments.timeout, grace=arguments.grace, max_timeouts=arguments.max_timeouts, python=arguments.python,
-        setup=tuple(arguments.setup), srun_args=_split("--srun-args", arguments.srun_args),
-        plain={name: value for name in plain if (value := getattr(arguments, name))},
-    )
+    given = {field.name: getattr(arguments, field.name) for field in fields(Resources) if field.name in arguments}
+    return Resources(**{
+        **given, "setup": tuple(arguments.setup), "srun_args": _split("--srun-args", arguments.srun_args),
+        "plain": {name: value for name in cluster.PLAIN if (value := getattr(arguments, name))},
+    })
 
 
 def _split(flag: str, text: str) -> tuple[str, ...]:
@@ -107,136 +101,6 @@ def _split(flag: str, text: str) -> tuple[str, ...]:
         raise UserError(f"{flag} {text}: {str(error).lower()}") from None
 
 
-def _work(arguments: argparse.Namespace, resources: Resources) -> Work:
-    match arguments.command:
-        case "pretrain" | "train":
-            return _phases(arguments, resources)
-        case "pipeline":
-            return _pipeline(arguments, resources)
-        case "finetune":
-            return _finetunings(arguments, resources)
-        case _:
-            return _evaluation(arguments)
-
-
-def _phases(arguments: argparse.Namespace, resources: Resources) -> Work:
-    command = arguments.command
-    model = config.COMMANDS[command]
-    first, name = config.read(command, model, arguments.words)
-    base = _folder(arguments, first, Path("runs") / name)
-    work = Work(base)
-    only = [phase for phase in arguments.phases.split(",") if phase]
-    for variant in _variants(arguments):
-        options, _ = config.read(command, model, [*arguments.words, *variant])
-        path = base / _variant_name(variant)
-        options = options.model_copy(update={"run_dir": str(path)})
-        schedule.check_run(options, path, resources.world)
-        work.chains.append(schedule.phases_of(command, options, path, only))
-        work.configs.append((options, schedule.config_of(path)))
-    return work
-
-
-def _variant_name(variant: Sequence[str]) -> str:
-    return ",".join(word.replace("/", "_") for word in variant)
-
-
-def _variants(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
-    """The overrides of each run: the product of what --seeds and --sweep list."""
-    axes = [("seed", arguments.seeds)] if arguments.seeds else []
-    for sweep in arguments.sweep:
-        key, equals, values = sweep.partition("=")
-        if not equals or not values:
-            raise UserError(f"--sweep {sweep}: say KEY=A,B,C")
-        axes.append((key, values))
-    return list(itertools.product(*([f"{key}={value}" for value in values.split(",")] for key, values in axes)))
-
-
-def _pipeline(arguments: argparse.Namespace, resources: Resources) -> Work:
-    words = [word for word in arguments.words if not word.startswith("finetune.")]
-    first, name = config.read("pretrain", config.COMMANDS["pretrain"], words)
-    base = _folder(arguments, first, Path("runs") / name)
-    work = Work(base)
-    for variant in _variants(arguments):
-        one = _one_pipeline([*arguments.words, *variant], base / _variant_name(variant), arguments, resources)
-        work.chains += one.chains
-        work.configs += one.configs
-    return work
-
-
-def _one_pipeline(given: Sequence[str], path: Path, arguments: argparse.Namespace, resources: Resources) -> Work:
-    words = [word for word in given if not word.startswith("finetune.")]
-    tuned = [word.removeprefix("finetune.") for word in given if word.startswith("finetune.")]
-    options, _ = config.read("pretrain", config.COMMANDS["pretrain"], words)
-    options = options.model_copy(update={"run_dir": str(path)})
-    schedule.check_run(options, path, resources.world)
-    dumped = options.model_dump(mode="json")
-    defaults = {key: dumped[key] for key in ("audio", "model", "compression")}
-    shared = [word for word in words if word.startswith(("data.", "seed=")) and not word.startswith("data.val_")]
-    file = arguments.finetune_config or config.DEFAULT["finetune"]
-    tuning, _ = config.read("finetune", FinetuneOptions, [file, *shared, *tuned], defaults)
-    after = _finetuning(tuning, path / "finetune" / tuning.name, path, resources)
-    phases = schedule.phases_of("pretrain", options, path)
-    missing = [task.job.name for (task,) in phases if not task.done]
-    if missing and any(task.done for task in after.chains[0][0]):
-        raise UserError(
-            f"{after.folder} was fine-tuned before phase {missing[0]} was there: choose another finetune.name=, or "
-            "delete it"
-        )
-    return Work(path, [[*phases, *after.chains[0]]], [(options, schedule.config_of(path)), *after.configs])
-
-
-def _finetunings(arguments: argparse.Namespace, resources: Resources) -> Work:
-    ckpt = arguments.ckpt.resolve()
-    weights = load_weights(ckpt)
-    defaults = checkpoint_defaults(weights)
-    first, _ = config.read("finetune", FinetuneOptions, arguments.words, defaults)
-    default = find_run(ckpt) / "finetune" / first.name
-    base = _folder(arguments, first, default)
-    variants = _variants(arguments)
-    work = Work(base if variants == [()] or base != default else default.parent)
-    for variant in variants:
-        options, _ = config.read("finetune", FinetuneOptions, [*arguments.words, *variant], defaults)
-        # beside others of the same run, where the report looks for them
-        path = base / _variant_name(variant) if base == work.folder else base.with_name(
-            f"{base.name},{_variant_name(variant)}"
-        )
-        check_origin(path, weights.origin)
-        one = _finetuning(options, path, ckpt, resources)
-        work.chains += one.chains
-        work.configs += one.configs
-    return work
-
-
-def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, resources: Resources) -> Work:
-    options = options.model_copy(update={"run_dir": str(path)})
-    for phase in options.phases:
-        if phase.batch_size % resources.world:
-            raise UserError(f"fine-tuning: batch_size {phase.batch_size} is no multiple of {resources.world} processes")
-    return Work(path, [schedule.folds_of(options, path, ckpt)], [(options, schedule.config_of(path))])
-
-
-def _evaluation(arguments: argparse.Namespace) -> Work:
-    if arguments.seeds or arguments.sweep:
-        raise UserError("evaluate draws nothing and has one result: give --seeds and --sweep to what trains")
-    ckpt = arguments.ckpt.resolve()
-    find_published(ckpt) or find_checkpoint(ckpt)
-    options = files.load(EvaluateOptions, None, arguments.words)
-    path = (arguments.run_dir or find_run(ckpt)).resolve()
-    file = path / FOLDER / "evaluate.yaml"
-    job = Job("evaluate", "evaluate", str(file), str(path), str(ckpt))
-    return Work(path, [[[Task(job, lambda: False)]]], [(options, file)])
-
-
-def find_run(ckpt: Path) -> Path:
-    """The run that a checkpoint lies in."""
-    found = find_published(ckpt) or find_checkpoint(ckpt)
-    return next((parent for parent in found.parents if (parent / "config.yaml").exists()), results_folder(found))
-
-
-def _folder(arguments: argparse.Namespace, options: Any, default: Path) -> Path:
-    return Path(arguments.run_dir or options.run_dir or default).resolve()
-
-
 def _with_snapshot(resources: Resources, folder: Path) -> Resources:
     """Let jobs import a copy of the package, named by its content; requeued jobs find it again."""
     package = Path(__file__).parents[1]
@@ -244,7 +108,7 @@ def _with_snapshot(resources: Resources, folder: Path) -> Resources:
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
     copy = folder / FOLDER / f"code-{digest}"
     if not copy.exists():
-        aside = copy.with_name(f".{copy.name}.tmp")  # one that was interrupted is never taken for whole
+        aside = copy.with_name(f".{copy.name}.tmp")  # a copy that was interrupted is never taken for whole
         shutil.rmtree(aside, ignore_errors=True)
         try:
             shutil.copytree(package, aside / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -252,46 +116,42 @@ def _with_snapshot(resources: Resources, folder: Path) -> Resources:
         except OSError as error:
             raise UserError(f"cannot copy the code to {copy}: {error}") from error
     path = f"export PYTHONPATH={shlex.quote(str(copy))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    safe = "export PYTHONSAFEPATH=1"  # else the folder that we are in, which may be the checkout, comes first
+    safe = "export PYTHONSAFEPATH=1"  # else the working directory, which may be the checkout, comes first
     return replace(resources, setup=(*resources.setup, path, safe))
 
 
-def _submit(resources: Resources, work: Work) -> list[str]:
-    launcher = schedule.Launch(resources, work.folder / FOLDER, work.folder.name)
-    ids = launcher.submit(work.chains)
-    for task, number in launcher.made:
-        where = f" of {task.run.name}" if len(work.chains) > 1 else ""
-        print(f"submitted {task.job.name}{where} as job {number}")
-    made = {number for _, number in launcher.made}
-    for chain in work.chains:
-        for task in itertools.chain(*chain):
-            number = launcher.id_of(task)
-            if not task.done and number in launcher.queue and number not in made:
-                print(f"{task.job.name} is already in the queue as job {number}: {launcher.queue[number]}")
-    if not launcher.made:
-        print(f"{work.folder}: nothing to submit")
-    print(f"python slurm/launch.py status {work.folder}")
-    return ids
+def _submit(runs: Sequence[schedule.Stages], resources: Resources, folder: Path) -> list[str]:
+    """Submit what is left of runs; returns the numbers of all jobs that they now wait for."""
+    # The queue comes first: a job that ends after that is found done, one that ended before is not found queued.
+    queue = cluster.settled({task.number for task in _tasks(runs)} - {""})
+    plan = schedule.make_schedule(runs, queue)
+    made = schedule.submit(plan, resources, folder / FOLDER, folder.name)
+    for task, number in made.items():
+        where = f" of {task.run.name}" if len(runs) > 1 else ""
+        print(f"submitted {task.name}{where} as job {number}")
+    for task, state in plan.queued.items():
+        print(f"{task.name} is already in the queue as job {task.number}: {state}")
+    if not made:
+        print(f"{folder}: nothing to submit")
+    print(f"python slurm/launch.py status {folder}")
+    return [*made.values(), *(task.number for task in plan.queued)]
 
 
-def _wait(work: Work, ids: Sequence[str]) -> int:
-    while cluster.active(ids):
+def _wait(folder: Path, numbers: Collection[str]) -> int:
+    while cluster.active(numbers):
         time.sleep(_POLL_SECONDS)
-    jobstatus.print_status(work.folder)
-    return int(any(part.failed for run in jobstatus.runs_below(work.folder) for part in jobstatus.parts_of(run)))
+    status.print_status(folder)
+    return int(any(job.failed for run in status.runs_below(folder) for job in status.jobs_of(run)))
 
 
-def _run_here(kind: str, resources: Resources, work: Work) -> int:
+def _run_here(kind: str, resources: Resources, folder: Path, plan: Schedule) -> int:
     """The tasks one after the other: `local` in processes of their own, `debug` in this one."""
-    folder = work.folder / FOLDER
-    for task in (task for chain in work.chains for stage in chain for task in stage):
-        if task.done or not task.wanted:
-            continue
-        print(f"{task.job.name}: running here; logs are in {folder}", flush=True)
+    for task in plan.tasks:
+        print(f"{task.name}: running here; logs are in {folder / FOLDER}", flush=True)
         if kind == "debug":
-            submitit.DebugExecutor(folder).submit(task.job).results()
-        elif status := _run_local(resources, folder, task):
-            return status
+            submitit.DebugExecutor(folder / FOLDER).submit(task.job).results()
+        elif failed := _run_local(resources, folder / FOLDER, task):
+            return failed
     return 0
 
 
@@ -301,7 +161,7 @@ def _run_local(resources: Resources, folder: Path, task: Task) -> int:
         job = local.start(resources, folder, task.job)
         number = str(job.job_id)
         schedule.remember(task, number, folder, "local")
-        local.finish(job, task.run, task.job.name, noted)
+        local.finish(job, task.run, task.name, noted)
     own = [event for event in events_of(task.run) if event["job"] == number and event["rank"] == 0]
     stop = own[-1] if own and own[-1]["event"] == "interrupted" else {}
     if noted or stop:
@@ -309,21 +169,9 @@ def _run_local(resources: Resources, folder: Path, task: Task) -> int:
         return 128 + int(noted[0] if noted else stop["signum"])
     if job.exception() is None:
         return 0
-    part = next(part for part in jobstatus.parts_of(task.run) if part.name == task.job.name)
-    print(f"{part.name}: {part.error or 'it was killed'}\n  log: {part.log}")
+    found = next(found for found in status.jobs_of(task.run) if found.name == task.name)
+    print(f"{found.name}: {found.error or 'it was killed'}\n  log: {found.log}")
     return 1
-
-
-def _cancel(path: Path) -> int:
-    runs = jobstatus.runs_below(path)
-    gone = _cancel_local(runs)
-    there = cluster.active(set().union(*map(schedule.slurm_ids, runs)))
-    cluster.cancel(there)
-    gone += sorted(there)
-    for part in (part for run in runs for part in jobstatus.parts_of(run) if part.state.startswith("started on")):
-        raise UserError(f"{part.name} was {part.state}: cancel it there")
-    print(f"cancelled {', '.join(gone)}" if gone else f"{path}: no job of it is queued or runs")
-    return 0
 
 
 def _cancel_local(runs: Sequence[Path]) -> list[str]:
@@ -340,28 +188,27 @@ def _cancel_local(runs: Sequence[Path]) -> list[str]:
         time.sleep(local.POLL_SECONDS)
 
 
-def _print_dry_run(work: Work, resources: Resources, kind: str) -> None:
-    rows = []
-    for chain in work.chains:
-        for needed, stage in itertools.pairwise([[], *chain]):
-            after = ", ".join(task.job.name for task in needed) or "-"
+def _print_dry_run(
+    runs: Sequence[schedule.Stages], plan: Schedule, resources: Resources, folder: Path, kind: str
+) -> None:
+    """A row for each task, then the batch scripts; of runs that are alike, those of the first."""
+    rows, todo = [], set(plan.tasks)
+    for stages in runs:
+        for needed, stage in itertools.pairwise([(), *stages]):
+            after = ", ".join(task.name for task in needed) or "-"
             for task in stage:
-                state = "done" if task.done else "to do" if task.wanted else "left out"
-                rows.append((task.run.name, task.job.name, state, after, f"{task.pflops:.3g}"))
+                state = "to do" if task in todo else "done" if task.is_done() else "left out"
+                rows.append((task.run.name, task.name, state, after, f"{task.pflops:.3g}"))
     table("what would be submitted", ("run", "part", "", "after", "PFLOPs"), rows)
     if kind != "slurm":
         print(f"the scripts for --cluster slurm ({kind} runs the parts one after the other):")
-    nothing: list[Task] = []
-    before, together = "", True
-    for alike in itertools.zip_longest(*work.chains, fillvalue=nothing):
-        stages = [[task for task in stage if not task.done and task.wanted] for stage in alike]
-        together = together and all(len(stage) <= 1 for stage in stages)  # one array for all runs, as Launch does it
-        todo = list(itertools.chain(*stages)) if together else max(stages, key=len)
-        if todo:
-            after = "aftercorr" if together and len(todo) > 1 else "afterok"
-            each = f" (of each of {len(stages)} runs)" if len(stages) > 1 and not together else ""
-            print(f"\n# {', '.join(task.job.name for task in todo)}{each}")
-            job, dependency = f"{work.folder.name}/{todo[0].job.name}", f"{after}:<{before}>" if before else None
-            asked = resources.of(todo[0].job)
-            print(cluster.script(asked, work.folder / FOLDER, job, dependency=dependency, count=len(todo)))
-            before = todo[0].job.name
+    alike: dict[tuple[str, ...], list[Batch]] = {}
+    for batch in plan.batches:
+        alike.setdefault(batch.names, []).append(batch)
+    for names, (batch, *others) in alike.items():
+        count = len({task.run for each in (batch, *others) for task in each.tasks})
+        print(f"\n# {', '.join(names)}{f' (of each of {count} runs)' if count > 1 else ''}")
+        print(cluster.script(
+            resources.of(batch.tasks[0].job), folder / FOLDER, f"{folder.name}/{names[0]}",
+            dependency=batch.dependency(lambda task: f"<{task.name}>"), count=len(batch.tasks),
+        ))

@@ -27,6 +27,7 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from ssl_c2f.core.files import append_line, read_jsonl
+from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Interrupted, Stop
 
 FOLDER = "submitit"  # in the run folder: scripts, logs, and what follows
@@ -98,34 +99,29 @@ class Job:
         self.record(environment, "failed", error=f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}")
 
     def _work(self, stop: Stop) -> None:
+        # Imported here: what a job is must be known before, so that it can say why an import fails.
         from ssl_c2f.core import options
-        from ssl_c2f.tasks import config
-        from ssl_c2f.train import engine, weights
+        from ssl_c2f.report import write_page
+        from ssl_c2f.tasks import commands, config
+        from ssl_c2f.tasks.evaluate import EvaluateOptions, evaluate
+        from ssl_c2f.tasks.finetune import FinetuneOptions, finetune
 
         launch = Path(self.config).with_name(COMMAND)
         if launch.exists():  # what the run's provenance is to show, instead of submitit's own command
             sys.argv = json.loads(launch.read_text())
-        if self.command in ("pretrain", "train"):
-            model = config.COMMANDS[self.command]
-            run_options = options.load(model, Path(self.config))
-            init = getattr(run_options, "init", None)
-            initial = weights.initial_weights(init) if init else None
-            engine.run(run_options, Path(self.run), initial=initial, only={self.part}, stop=stop, kind=self.command)
-        elif self.command in ("finetune", "score"):
-            from ssl_c2f.tasks.finetune import FinetuneOptions, finetune
-
-            tuning = options.load(FinetuneOptions, Path(self.config)).model_copy(update={"run_dir": self.run})
-            if self.command == "finetune" and self.part != "all":
-                tuning = tuning.model_copy(update={"folds": (int(self.part),)})
-            finetune(Path(self.ckpt), tuning, stop, report=self.command == "score")
-            if self.command == "score" and (Path(self.ckpt) / "config.yaml").exists():
-                from ssl_c2f.report import write_page
-
-                write_page([Path(self.ckpt)], Path(self.ckpt) / "report.html")
-        else:
-            from ssl_c2f.tasks.evaluate import EvaluateOptions, evaluate
-
-            evaluate(Path(self.ckpt), options.load(EvaluateOptions, Path(self.config)))
+        file, ckpt, is_score = Path(self.config), Path(self.ckpt), self.command == "score"
+        match self.command:
+            case "pretrain" | "train":
+                model = config.PretrainOptions if self.command == "pretrain" else config.TrainOptions
+                commands.run_phases(options.load(model, file), Path(self.run), only={self.part}, stop=stop)
+            case "finetune" | "score":
+                fold = {} if is_score or self.part == "all" else {"folds": (int(self.part),)}
+                tuning = options.load(FinetuneOptions, file).model_copy(update={"run_dir": self.run, **fold})
+                finetune(ckpt, tuning, stop, report=is_score)
+                if is_score and RunFolder(ckpt).config.exists():
+                    write_page([ckpt], ckpt / "report.html")
+            case _:
+                evaluate(ckpt, options.load(EvaluateOptions, file))
 
 
 class Preemption:

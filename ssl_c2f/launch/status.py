@@ -19,7 +19,7 @@ _TAIL = 3  # lines of a log
 
 
 @dataclass(frozen=True)
-class Part:
+class JobStatus:
     """One job of a run and what is known about it."""
 
     run: Path
@@ -53,7 +53,7 @@ def runs_below(path: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def parts_of(run: Path) -> list[Part]:
+def jobs_of(run: Path) -> list[JobStatus]:
     """All jobs that were submitted for a run, as they stand."""
     jobs = read_jobs(run)
     queue = cluster.active(slurm_ids(run)) if shutil.which("squeue") else {}
@@ -72,7 +72,7 @@ def parts_of(run: Path) -> list[Part]:
         rank = failures[0]["rank"] if failures else 0
         log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
         requeues = max(len(starts) - 1, 0)
-        parts.append(Part(run, name, job["id"], log, state, error, requeues, *_pace(run, name)))
+        parts.append(JobStatus(run, name, job["id"], log, state, error, requeues, *_pace(run, name)))
     return parts
 
 
@@ -83,16 +83,16 @@ def _ended(job: dict[str, Any], told: str) -> str:
     return told or ("gone" if local.is_here(job) else f"started on {job['host']}")
 
 
-def print_status(path: Path) -> None:
+def print_status(run: Path) -> None:
     """A line for each job, then why those failed that did, and the ends of the logs of those that run.
 
     Raises:
         UserError: no job was submitted for this folder.
     """
-    for run in runs_below(path):
-        parts = parts_of(run)
+    for each in runs_below(run.resolve()):
+        parts = jobs_of(each)
         columns = ("part", "job", "state", "step", "clips/s", "left", "requeues")
-        table(str(run), columns, [(p.name, p.number, p.state, p.step, p.rate, p.left, p.requeues) for p in parts])
+        table(str(each), columns, [(p.name, p.number, p.state, p.step, p.rate, p.left, p.requeues) for p in parts])
         for part in parts:
             if part.failed:
                 print(f"{part.name}: {part.error or part.state}")

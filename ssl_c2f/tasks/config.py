@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,24 +51,31 @@ COMMANDS: Mapping[str, type[RunOptions]] = {
 T = TypeVar("T", bound=Options)
 
 
-def read(
-    command: str, model: type[T], words: Sequence[str], defaults: Mapping[str, Any] | None = None
-) -> tuple[T, str]:
-    """Options from `[CONFIG] [key=value ...]`, and the config's short name.
+def command_of(model: type[Options]) -> str:
+    """The command that options of this type are of."""
+    return next(command for command, known in COMMANDS.items() if known is model)
+
+
+def read(model: type[T], words: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[T, str]:
+    """Options from `[CONFIG] [key=value ...]`, in any order, and the config's short name.
 
     Raises:
         UserError: see `options.load`.
     """
-    names = [word for word in words if "=" not in word]
-    if len(names) > 1:
-        raise UserError(f"give one config, not {' and '.join(names)} (overrides are KEY=VALUE)")
-    file = files.find_config(names[0] if names else DEFAULT[command], command)
-    overrides = [word for word in words if "=" in word]
+    file, overrides = _split(words, command_of(model))
     options = files.load(model, file, overrides, defaults)
     if isinstance(options, FolderOptions) and options.init:
         overrides = [word for word in overrides if not word.startswith("init=")]
         options = files.load(model, file, [*_as_its_weights(options.init), *overrides], defaults)
     return options, file.stem
+
+
+def _split(words: Sequence[str], command: str) -> tuple[Path, list[str]]:
+    """The config file among words, by default the command's, and the overrides."""
+    names, overrides = ([word for word in words if ("=" in word) == is_override] for is_override in (False, True))
+    if len(names) > 1:
+        raise UserError(f"give one config, not {' and '.join(names)} (overrides are KEY=VALUE)")
+    return files.find_config(names[0] if names else DEFAULT[command], command), overrides
 
 
 def _as_its_weights(init: str) -> list[str]:
@@ -80,11 +86,10 @@ def _as_its_weights(init: str) -> list[str]:
 
 
 def read_any(words: Sequence[str]) -> RunOptions:
-    """Options of a config for whichever command it is: by its folder's name, else by what its objective says."""
-    names = [word for word in words if "=" not in word]
-    file = files.find_config(names[0] if names else DEFAULT["pretrain"], "pretrain")
+    """Options of a config for whichever command it is: by its folder's name, else by its objective."""
+    file, overrides = _split(words, "pretrain")
     command = file.parent.name
     if command not in COMMANDS:
-        labelled = re.search(r"\bname:\s*supervised\b", file.read_text(encoding="utf-8", errors="replace"))
-        command = "train" if labelled else "pretrain"
-    return read(command, COMMANDS[command], [str(file), *words[len(names):]] if names else words)[0]
+        objective = files.merge(file, overrides).get("objective")
+        command = "train" if isinstance(objective, dict) and objective.get("name") == "supervised" else "pretrain"
+    return read(COMMANDS[command], [str(file), *overrides])[0]

@@ -24,7 +24,7 @@ _LINKS = {
 }
 
 
-def convert(path: Path, out: Path, options: ImportOptions) -> Path:
+def convert(file: Path, out: Path, options: ImportOptions) -> Path:
     """Write the checkpoint folder of a published file (or folder of transformers'), say what was done, return `out`.
 
     Raises:
@@ -32,7 +32,7 @@ def convert(path: Path, out: Path, options: ImportOptions) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something; give a new folder")
-    weights, report = import_published(path, options)
+    weights, report = import_published(file, options)
     for line in weights.notes:
         print(line)
     checkpoint.save(out / "checkpoints", 0, {"model": weights.state}, state_of(weights), None, keep=1)

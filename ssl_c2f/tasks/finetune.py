@@ -18,6 +18,7 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import split
+from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
@@ -71,7 +72,7 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     is_main = distributed.init(options.train.device).is_main
     everything = Corpus.open(options.data, options.seed, RunFolder(folder).bad_files if is_main else None)
     scored: dict[int | None, tuple[Tensor, Tensor]] = {}
-    for fold in _folds(options, everything):
+    for fold in folds_of(options, everything.manifest):
         path = folder if fold is None else RunFolder(folder).fold(fold).path
         data = options.data.model_copy(update={"val_folds": () if fold is None else (fold,)})
         part = options.model_copy(update={"data": data})
@@ -111,13 +112,17 @@ def _within_run(origin: Path) -> Path:
     return origin.relative_to(run.path if run else origin.parent)
 
 
-def _folds(options: FinetuneOptions, corpus: Corpus) -> list[int | None]:
-    """The folds to hold out in turn; [None] where the recordings have none."""
-    there = sorted({clip.fold for clip in corpus.manifest.clips if clip.fold is not None})
+def folds_of(options: FinetuneOptions, manifest: Manifest) -> list[int | None]:
+    """The folds to hold out in turn; [None] where the recordings have none.
+
+    Raises:
+        UserError: a fold that no clip has.
+    """
+    there = sorted({clip.fold for clip in manifest.clips if clip.fold is not None})
     if options.folds == "auto":
         return [*there] if len(there) > 1 else [None]
     if missing := set(options.folds) - set(there):
-        raise UserError(f"folds: no clip of {corpus.manifest.root} is in fold {min(missing)}; there are {there}")
+        raise UserError(f"folds: no clip of {manifest.root} is in fold {min(missing)}; there are {there}")
     return [*options.folds]
 
 

@@ -23,7 +23,7 @@ from ssl_c2f.launch import local
 from ssl_c2f.launch.cluster import Resources
 from ssl_c2f.launch.jobs import Job, events_of
 from ssl_c2f.launch.schedule import Task, read_jobs, remember
-from ssl_c2f.launch.status import parts_of
+from ssl_c2f.launch.status import jobs_of
 from ssl_c2f.report.read import read_run
 from ssl_c2f.report.wandb_report import _commands
 
@@ -54,12 +54,12 @@ def test_a_local_job_is_a_process_and_none_of_slurms(
     with subprocess.Popen(command) as process:
         try:
             remember(task, str(process.pid), tmp_path / "other", "local")
-            assert parts_of(tmp_path)[0].state == "gone", "another process has got its number"
+            assert jobs_of(tmp_path)[0].state == "gone", "another process has got its number"
             remember(task, str(process.pid), tmp_path / "submitit", "local")
-            assert parts_of(tmp_path)[0].state == "RUNNING"
+            assert jobs_of(tmp_path)[0].state == "RUNNING"
         finally:
             process.kill()
-    assert parts_of(tmp_path)[0].state == "gone"
+    assert jobs_of(tmp_path)[0].state == "gone"
     assert launch("cancel", tmp_path) == 0 and "no job of it" in capsys.readouterr().out
     assert not no_controller.exists()
 
@@ -70,7 +70,7 @@ def test_a_local_job_of_another_machine(
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     remember(Task(Job("pretrain", "coarse", "", str(tmp_path)), lambda: False), str(os.getpid()), tmp_path, "local")
     monkeypatch.undo()
-    (part,) = parts_of(tmp_path)
+    (part,) = jobs_of(tmp_path)
     assert part.state == "started on elsewhere" and not part.failed
     assert launch("cancel", tmp_path) == 2
     assert "coarse was started on elsewhere: cancel it there" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_what_is_stopped_here_saves_first(
         )
         assert (run / "phases" / "0-coarse" / "checkpoints" / f"step-{step:08d}").exists()
         assert events_of(run)[-1]["event"] == "interrupted"
-        (part,) = parts_of(run)
+        (part,) = jobs_of(run)
         assert part.state == "interrupted" and part.error in errors
 
     def starts() -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def test_what_is_stopped_here_saves_first(
     with ThreadPoolExecutor() as pool:
 
         def cancel(launcher: subprocess.Popen[str]) -> None:
-            assert [part.state for part in parts_of(run)] == ["RUNNING"]
+            assert [part.state for part in jobs_of(run)] == ["RUNNING"]
             pool.submit(launch, "cancel", run)
 
         interrupted(cancel, 2, "--setup", "true")  # with a shell between

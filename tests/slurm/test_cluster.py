@@ -16,7 +16,7 @@ from cluster_runs import CONFIG, THREE, ClusterRun, go_on, launch, local, straig
 from waits import wait_for
 
 from ssl_c2f.launch import cluster, schedule
-from ssl_c2f.launch.status import parts_of
+from ssl_c2f.launch.status import jobs_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500), pytest.mark.usefixtures("slurm")]
 ONE_CPU = ("--cpus-per-task", 1, "--mem", "500MB")
@@ -97,7 +97,7 @@ def launch_again(run: ClusterRun) -> tuple[list[str], str]:
 def test_a_phase_that_raises_takes_its_children_along(begun: Begun) -> None:
     run = begun.failing
     run.finish(200)
-    coarse, fine = parts_of(run.path)
+    coarse, fine = jobs_of(run.path)
     assert coarse.failed and coarse.error.startswith("UserError: 1 steps had a non-finite loss")
     assert fine.failed and fine.state.startswith("CANCELLED")
     assert coarse.log.exists()
@@ -137,7 +137,7 @@ def test_pipeline_outlives_a_fold_and_ends_with_scores_and_a_page(begun: Begun) 
     tuned = ClusterRun(run.path / "finetune" / "default", ())
     assert len(run.ids) == 2 and len(tuned.ids) == 3
     tuned.finish()
-    first, second, scores = parts_of(tuned.path)
+    first, second, scores = jobs_of(tuned.path)
     assert first.state == "done" and first.step == "5/5"
     assert second.failed and second.error == f"UserError: cannot write {tuned.path / 'fold-2' / 'lock'}: File exists"
     assert scores.failed and scores.state.startswith("CANCELLED") and not (tuned.path / "scores.json").exists()
