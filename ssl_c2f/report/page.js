@@ -97,7 +97,7 @@ function drawCurve(svg, name, width) {
     if (c.y.length <= 30 && !stepped) c.y.forEach((y, i) => node(group, "circle", { class: "dot", r: 3, cx: px(c[x][i]), cy: py(y) }));
   }
   const cursor = node(svg, "line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" });
-  const at = (value) => { // the readout under the figure
+  const at = (value) => { // the values shown under the figure
     cursor.setAttribute("visibility", "visible");
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, px(value));
     const values = runs.map((run) => {
@@ -173,13 +173,13 @@ function drawBars(svg, name, width) {
   const left = textWidth(rows.map((row) => row[0])), line = 24, full = width - left - 56;
   svg.setAttribute("viewBox", `0 0 ${width} ${rows.length * line + 8}`);
   svg.setAttribute("height", rows.length * line + 8);
-  rows.forEach(([label, share], i) => {
+  rows.forEach(([label, score], i) => {
     const y = i * line + 4;
     node(svg, "text", { x: left - 6, y: y + 15, "text-anchor": "end" }, cut(label));
-    if (share === undefined) return; // what is left out
+    if (score === undefined) return; // the row that stands for those left out
     node(svg, "rect", { class: "band", x: left, y, width: full, height: line - 6 });
-    node(svg, "rect", { class: "bar c0", x: left, y, width: full * share, height: line - 6 });
-    node(svg, "text", { class: "ink", x: left + full + 8, y: y + 15 }, share === null ? "-" : `${Math.round(100 * share)} %`);
+    node(svg, "rect", { class: "bar c0", x: left, y, width: full * score, height: line - 6 });
+    node(svg, "text", { class: "ink", x: left + full + 8, y: y + 15 }, score === null ? "-" : `${Math.round(100 * score)} %`);
   });
   return null;
 }

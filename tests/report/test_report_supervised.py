@@ -28,7 +28,7 @@ def test_masks_and_nearest_neighbours_are_not_mentioned(page: Page) -> None:
     assert set(page.data["runs"][0]["curves"]) == {"classifier", "loss", "lr", "tokens"}
     assert "The classifier on held-out clips" in page.text
     assert "No validation" not in page.text
-    assert "Mask ratio" not in page.text and "Nearest neighbours" not in page.text and "hidden" not in page.text
+    assert "Mask ratio" not in page.text and "Nearest neighbours" not in page.text and "masked" not in page.text
 
 
 def test_every_phase_shows_and_plays_its_input(page: Page) -> None:
