@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from ssl_c2f.core import options
 from ssl_c2f.curriculum import transfer as transfers
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.front_end import Masking
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.train import engine
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.weights import load_weights, rebuild
+from ssl_c2f.train.weights import load_weights
 
 DRAWS, RATIO = 20, 0.75
 
@@ -72,13 +72,13 @@ def measure(root: str, factor: int, epochs: float, val_folds: list[int]) -> dict
         corpus = Corpus.open(o.data, o.seed)
     finally:
         shutil.rmtree(folder)
-    objective, statistics = rebuild(weights), InputStatistics(corpus, weights.statistics)
+    objective, statistics = weights.objective(), InputStatistics(corpus, weights.statistics)
     result = {"coarse": loss(objective, statistics, weights.geometry)}
     exact = transfers.resize_kernel
     for name, resize in (("pi_resize", exact), ("interpolation", plain_kernel)):
         fine = o.build(o.fine_geometry, corpus.num_classes)
         transfers.resize_kernel = resize
-        fine.load_state_dict(transfer(weights.state, weights.geometry, fine.state_dict(), o.fine_geometry)[0])
+        fine.load_state_dict(transfer(weights.tensors, weights.geometry, fine.state_dict(), o.fine_geometry)[0])
         transfers.resize_kernel = exact
         result[name] = loss(fine.eval(), statistics, o.fine_geometry)
     return result

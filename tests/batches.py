@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ssl_c2f.core import draws
 from ssl_c2f.curriculum.geometry import AudioOptions, Geometry, make_geometry
-from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Masking, Statistics
+from ssl_c2f.curriculum.phases import Masking
+from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Statistics
 from ssl_c2f.models.vit import ViTOptions
 
 AUDIO = AudioOptions(num_mels=16, clip_seconds=0.5)

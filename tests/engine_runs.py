@@ -16,6 +16,7 @@ from ssl_c2f.core import distributed
 from ssl_c2f.core.signals import Interrupted, Stop
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.train import engine
+from ssl_c2f.train.opening import open_run
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.state import Run
 
@@ -45,7 +46,7 @@ def to_the_end_in_steps(o: RunOptions, path: Path) -> int:
 
 def open_job(o: RunOptions, path: Path) -> Run:
     """A run before its first phase."""
-    return engine.open_run(o, path, distributed.init("cpu"), Stop(), None, None, "pretrain", path.name)
+    return open_run(o, path, distributed.init("cpu"), Stop(), None, None, "pretrain", path.name)
 
 
 class watch:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_c2f.core import draws
 from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.data.front_end import FrontEnd, Items, Masking, Statistics
+from ssl_c2f.curriculum.phases import Masking
+from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 
 CLASSES, CLIPS = 10, 1
 

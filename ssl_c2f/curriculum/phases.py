@@ -6,13 +6,14 @@ Nothing here keeps state: to resume at a step is to ask for that step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ssl_c2f.core.options import Options
+from ssl_c2f.curriculum.cost import Part, seen_tokens, step_flops
+from ssl_c2f.curriculum.geometry import Geometry
 
 Shape = Literal["uniform", "cluster", "time", "frequency", "inverse_block", "one_way_cluster"]
 
@@ -49,38 +50,51 @@ class PhaseOptions(Options):
             raise ValueError("give warmup_epochs or warmup_steps, not both")
         return self
 
+    def patch(self, models: tuple[int, int]) -> tuple[int, int] | None:
+        """The phase's own patch, whose one side may be the model's; None where it sets neither side."""
+        return (self.patch_f or models[0], self.patch_t or models[1]) if self.patch_f or self.patch_t else None
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How the masks of a phase are drawn (by `data.masks`)."""
+
+    shape: Shape
+    ratio: float
+    size: tuple[int, int]  # least and greatest side of a block, in tokens
+    num_masks: int = 1  # for each clip
+    seconds: tuple[float, float] | None = None  # least and greatest length of a block in time; None: `size`
+
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase whose length is known in steps."""
+    """A phase as it runs: what was asked for, completed from the run's options, and what follows from it."""
 
     index: int
-    name: str
-    first_step: int
-    steps: int
-    first_sample: int
-    batch_size: int
-    time_factor: int
+    options: PhaseOptions
+    geometry: Geometry
+    masking: Masking | None  # None: the objective sees whole clips
+    costs: tuple[Part, ...]  # of one clip in one step
     lr: float
     min_lr_ratio: float
+    first_step: int
+    steps: int
     warmup_steps: int
-    mask_ratio: float
-    mask_shape: Shape
+    first_sample: int
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    @property
+    def batch_size(self) -> int:
+        """Global: over all devices and accumulation steps."""
+        return self.options.batch_size
 
     @property
     def last_step(self) -> int:
         """Steps done when the phase ends."""
         return self.first_step + self.steps
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a step stands: phase `index`, and the fractions done of the phase (t) and of the run (u), in [0, 1]."""
-
-    index: int
-    phase: Phase
-    t: float
-    u: float
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,9 @@ class Curriculum:
     def steps(self) -> int:
         return self.phases[-1].last_step
 
-    def lookup(self, step: int) -> Place:
-        """The place of the step with `step` steps done before it; the run's end belongs to the last phase.
+    def lookup(self, step: int) -> tuple[Phase, float, float]:
+        """The phase of the step with `step` steps done before it, and the fractions that are done of the phase (t) and
+        of the run (u), in [0, 1]. The run's end belongs to the last phase.
 
         Raises:
             ValueError: the step is not in the run.
@@ -102,53 +117,52 @@ class Curriculum:
         if not 0 <= step <= self.steps:
             raise ValueError(f"step {step} is outside of the run's {self.steps} steps")
         phase = next((p for p in self.phases if step < p.last_step), self.phases[-1])
-        return Place(phase.index, phase, (step - phase.first_step) / phase.steps, step / self.steps)
+        return phase, (step - phase.first_step) / phase.steps, step / self.steps
 
     def samples(self, step: int) -> int:
         """Clips seen when `step` steps are done."""
-        phase = self.lookup(step).phase
+        phase, _, _ = self.lookup(step)
         return phase.first_sample + (step - phase.first_step) * phase.batch_size
 
+    def counters(self, step: int) -> dict[str, float]:
+        """Samples, tokens and FLOPs that are behind a step."""
+        tokens, flops = 0, 0.0
+        for phase in self.phases:
+            clips = min(max(step - phase.first_step, 0), phase.steps) * phase.batch_size
+            tokens, flops = tokens + clips * seen_tokens(phase.costs), flops + clips * step_flops(phase.costs)
+        return {"samples": self.samples(step), "tokens": tokens, "flops": flops}
 
-def make_curriculum(
-    options: Sequence[PhaseOptions], *, num_clips: int, lr: float, min_lr_ratio: float, mask_ratio: float,
-    mask_shape: Shape, flops_per_clip: Sequence[float],
-) -> Curriculum:
-    """Turn lengths in epochs, steps, samples or FLOPs into steps: the nearest number of them, at least one.
+
+def make_phase(
+    options: PhaseOptions, before: Phase | None, *, geometry: Geometry, masking: Masking | None,
+    costs: tuple[Part, ...], num_clips: int, lr: float, min_lr_ratio: float,
+) -> Phase:
+    """The phase that comes after `before`. Its length in epochs, samples or FLOPs becomes the nearest number of steps,
+    at least one.
 
     Args:
         num_clips: clips of an epoch.
-        lr, min_lr_ratio, mask_ratio, mask_shape: what phases take that set none.
-        flops_per_clip: training cost of one clip in each phase.
+        lr, min_lr_ratio: of the run, for a phase that sets none.
     """
-    phases: list[Phase] = []
-    first_step = first_sample = 0
-    for index, (option, cost) in enumerate(zip(options, flops_per_clip, strict=True)):
-        clips = {
-            "epochs": (option.epochs or 0) * num_clips,
-            "steps": (option.steps or 0) * option.batch_size,
-            "samples": option.samples or 0,
-            "flops": (option.flops or 0) / cost,
-        }
-        steps = max(1, round(max(clips.values()) / option.batch_size))
-        warmup = option.warmup_steps or round((option.warmup_epochs or 0) * num_clips / option.batch_size)
-        phases.append(
-            Phase(
-                index=index, name=option.name, first_step=first_step, steps=steps, first_sample=first_sample,
-                batch_size=option.batch_size, time_factor=option.time_factor, lr=option.lr or lr,
-                min_lr_ratio=min_lr_ratio if option.min_lr_ratio is None else option.min_lr_ratio,
-                warmup_steps=min(warmup, steps), mask_ratio=option.mask_ratio or mask_ratio,
-                mask_shape=option.mask_shape or mask_shape,
-            )
-        )
-        first_step += steps
-        first_sample += steps * option.batch_size
-    return Curriculum(tuple(phases))
+    clips = {
+        "epochs": (options.epochs or 0) * num_clips,
+        "steps": (options.steps or 0) * options.batch_size,
+        "samples": options.samples or 0,
+        "flops": (options.flops or 0) / step_flops(costs),
+    }
+    steps = max(1, round(max(clips.values()) / options.batch_size))
+    warmup = options.warmup_steps or round((options.warmup_epochs or 0) * num_clips / options.batch_size)
+    return Phase(
+        index=before.index + 1 if before else 0, options=options, geometry=geometry, masking=masking, costs=costs,
+        lr=options.lr or lr, min_lr_ratio=min_lr_ratio if options.min_lr_ratio is None else options.min_lr_ratio,
+        first_step=before.last_step if before else 0, steps=steps, warmup_steps=min(warmup, steps),
+        first_sample=before.first_sample + before.steps * before.batch_size if before else 0,
+    )
 
 
-def learning_rate(place: Place, schedule: Literal["cosine", "constant"] = "cosine") -> float:
+def learning_rate(phase: Phase, t: float, schedule: Literal["cosine", "constant"] = "cosine") -> float:
     """Linear warm-up from the first step on, then a half cosine down to `min_lr_ratio` of the peak; each phase anew."""
-    phase, done = place.phase, round(place.t * place.phase.steps)
+    done = round(t * phase.steps)
     if done < phase.warmup_steps:
         return phase.lr * (done + 1) / phase.warmup_steps
     if schedule == "constant":

@@ -182,7 +182,11 @@ class Item(NamedTuple):
 
 
 class TrainingClips(Dataset[Item]):
-    """The endless stream of training samples: item p is the p-th sample of the run, whoever asks for it and when."""
+    """The endless stream of training samples: item p is the p-th sample of the run, whoever asks for it and when.
+
+    A batch for which nothing readable is found is a UserError, handed over and not raised: what a worker raises comes
+    to the main process as a traceback in a string.
+    """
 
     def __init__(self, source: Source, clips: Sequence[int], seed: int, augment: AugmentOptions) -> None:
         self.source, self.clips, self.seed, self.augment = source, clips, seed, augment
@@ -199,6 +203,12 @@ class TrainingClips(Dataset[Item]):
         other = self.clips[int(draws.integers(draws.key(key, "partner"), len(self.clips)))]
         partner = self._readable(other, draws.key(key, "partner crop"))
         return item._replace(partner=partner, share=share, bad=item.bad + partner.bad)
+
+    def __getitems__(self, batch: Sequence[int]) -> list[Item] | UserError:
+        try:
+            return [self[position] for position in batch]
+        except UserError as error:
+            return UserError(str(error))  # without its traceback, which cannot be sent
 
     def _readable(self, clip: int, key: Tensor) -> Item:
         """A random crop of the clip, or of others drawn from its key while the clip cannot be read."""
@@ -244,8 +254,10 @@ class Windows(Dataset[Item | tuple[str, str]]):
         return Item(crop, clip, draws.key(self.seed, clip, start), self.source.manifest.labels([clip])[0])
 
 
-def collate(items: Sequence[Item | tuple[str, str]]) -> Items | BadItems:
+def collate(items: Sequence[Item | tuple[str, str]] | UserError) -> Items | BadItems | UserError:
     """Stack what could be read; if nothing could, what was wrong."""
+    if isinstance(items, UserError):
+        return items
     good = [item for item in items if isinstance(item, Item)]
     bad = tuple(item for item in items if not isinstance(item, Item))
     if not good:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from ssl_c2f.core import draws
 from ssl_c2f.curriculum.compress import pool_time
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.augment import AugmentOptions, spec_augment
-from ssl_c2f.data.masks import Mask, Shape, draw_mask
+from ssl_c2f.data.masks import Mask, draw_mask
 from ssl_c2f.data.spectrogram import Fbank
 
 
@@ -74,17 +75,6 @@ class Statistics:
     factor: float = 1.0
 
 
-@dataclass(frozen=True)
-class Masking:
-    """How to draw the masks of a step."""
-
-    shape: Shape
-    ratio: float
-    size: tuple[int, int]
-    views: int = 1
-    seconds: tuple[float, float] | None = None
-
-
 class FrontEnd(nn.Module):
     """Filterbank, compression, normalisation, augmentation and masks of one geometry."""
 
@@ -135,7 +125,7 @@ class FrontEnd(nn.Module):
         if masking is None:
             return batch
         m, columns = masking, g.tokens_t(num_frames)
-        keys = (draws.key(items.keys, "mask", view) for view in range(m.views))
+        keys = (draws.key(items.keys, "mask", view) for view in range(m.num_masks))
         size_t = m.seconds and (g.tokens_in(m.seconds[0]), g.tokens_in(m.seconds[1]))
         masks = tuple(draw_mask(key, g.grid, columns, m.shape, m.ratio, m.size, size_t) for key in keys)
         return replace(batch, masks=masks)

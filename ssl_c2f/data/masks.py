@@ -14,7 +14,7 @@ Axes: B batch, F' x T' grid of tokens, N = F' T' tokens (token f T' + t is in ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, field_validator
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ssl_c2f.core import draws
 from ssl_c2f.core.options import Options
-
-Shape = Literal["uniform", "cluster", "time", "frequency", "inverse_block", "one_way_cluster"]
+from ssl_c2f.curriculum.phases import Shape
 
 _BITS = 20  # of each of the three parts of a score, which thus stays inside an int64, and its complement too
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from ssl_c2f.core import draws
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.signals import Stop
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import Windows, in_batches, make_loader
-from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Masking
+from ssl_c2f.data.front_end import Batch, FrontEnd, Items
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def positions(
     A step's samples are split over the ranks in contiguous runs.
     """
     for step in range(start, stop):
-        per_device = curriculum.lookup(step).phase.batch_size // world
+        per_device = curriculum.lookup(step)[0].batch_size // world
         first = curriculum.samples(step) + rank * per_device
         for size in micro_batches(per_device, limit):
             yield list(range(first, first + size))

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_c2f.core.options import Options
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Shape
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.data.masks import Mask, Shape, num_masked
+from ssl_c2f.data.masks import Mask, num_masked
 from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.heads import Readout, read_out
 from ssl_c2f.models.patches import patchify, unpatchify

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Shape
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.data.masks import Shape, num_masked
+from ssl_c2f.data.masks import num_masked
 from ssl_c2f.models.conv_decoder import ConvDecoder, conv_decoder_cost
 from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.heads import read_out

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Shape
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.data.masks import Shape, num_masked
+from ssl_c2f.data.masks import num_masked
 from ssl_c2f.models.decoder import Decoder, decoder_cost
 from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.patches import patchify, real_values

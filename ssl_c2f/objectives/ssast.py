@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Shape
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.data.masks import Mask, Shape, num_masked
+from ssl_c2f.data.masks import Mask, num_masked
 from ssl_c2f.models.encoder import EncoderOptions
 from ssl_c2f.models.patches import patchify, real_values
 from ssl_c2f.models.vit import ViT, ViTOptions, initialise

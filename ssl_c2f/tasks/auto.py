@@ -17,7 +17,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models.published import AUDIOSET
 from ssl_c2f.tasks.hub import AudioModel
-from ssl_c2f.train.recipe import RunOptions
+from ssl_c2f.train.recipe import Recipe
 from ssl_c2f.train.weights import Weights, load_weights
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads; as DeiT's (Touvron et al., ICML 2021)
@@ -71,15 +71,17 @@ def _random(name: str, classes: tuple[str, ...], clip_seconds: float, seed: int)
     """Fresh weights, with AudioSet's input statistics."""
     kind, _, size = name.rpartition("_")
     width, heads = _SIZES[size]
-    options: dict[str, Any] = {
-        "audio": {"clip_seconds": clip_seconds}, "compression": "frame_shift",
+    recipe = Recipe.model_validate({
+        "audio": {"clip_seconds": clip_seconds},
         "model": {"width": width, "heads": heads, "depth": 12, **_KINDS[kind]},
         "objective": {"name": "supervised", "head": "mean_pool" if kind == "vit" else "ast"},
-    }
-    run = RunOptions.model_validate({**options, "phases": [{"name": "any", "steps": 1}]}, strict=False)
-    geometry = run.fine_geometry
+    }, strict=False)
+    geometry = recipe.fine_geometry
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
-        state = run.build(geometry, len(classes)).state_dict()
+        tensors = recipe.build(geometry, len(classes)).state_dict()
     statistics = Statistics(*AUDIOSET, factor=1.0 if kind == "vit" else 2.0)  # 2 as AST and SSAST have it
-    return Weights(state, geometry, name, {geometry.digest(): statistics}, options, classes)
+    return Weights(
+        recipe=recipe, geometry=geometry, statistics={geometry.digest(): statistics}, classes=classes, tensors=tensors,
+        origin=name,
+    )

@@ -80,7 +80,7 @@ def _split(words: Sequence[str], command: str) -> tuple[Path, list[str]]:
 
 def _as_its_weights(init: str) -> list[str]:
     """Overrides that give a run the encoder of the weights that it starts from, wherever it is started."""
-    of = initial_weights(init).options["model"]
+    of = initial_weights(init).recipe.model.model_dump(mode="json")
     place = Path(init).resolve() if Path(init).exists() else init
     return [*(f"model.{key}={of[key]}" for key in ENCODER if key in of), f"init={place}"]
 

@@ -9,13 +9,12 @@ OUT/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from ssl_c2f.core import checkpoint
 from ssl_c2f.core.files import write_json, write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.train.weights import ImportOptions, Weights, import_published
+from ssl_c2f.train.weights import ImportOptions, import_published
 
 _LINKS = {
     "CC-BY-NC-4.0": "https://creativecommons.org/licenses/by-nc/4.0/legalcode",
@@ -35,21 +34,11 @@ def convert(file: Path, out: Path, options: ImportOptions) -> Path:
     weights, report = import_published(file, options)
     for line in weights.notes:
         print(line)
-    checkpoint.save(out / "checkpoints", 0, {"model": weights.state}, state_of(weights), None, keep=1)
+    checkpoint.save(out / "checkpoints", 0, {"model": weights.tensors}, weights.to_json(), None, keep=1)
     write_json(out / "transfer.json", {"from": weights.origin, **report.to_dict()})
     write_text(out / "NOTICE", notice(weights.source))
     print(out)
     return out
-
-
-def state_of(weights: Weights) -> dict[str, object]:
-    """What state.json of a checkpoint folder says."""
-    return {
-        "step": weights.step, "geometry": weights.geometry.to_dict(),
-        "statistics": {digest: asdict(statistics) for digest, statistics in weights.statistics.items()},
-        "classes": list(weights.classes), "options": dict(weights.options),
-        **({"source": dict(weights.source)} if weights.source else {}),
-    }
 
 
 def notice(source: Mapping[str, str]) -> str:

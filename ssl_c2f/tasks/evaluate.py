@@ -90,7 +90,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
 def require_classifier(model: Model) -> Supervised:
     """The objective as a classifier. Raises UserError: it is none."""
     if not isinstance(model.objective, Supervised) or not model.classes:
-        name = model.options.objective.name
+        name = model.weights.recipe.objective.name
         what = "an encoder alone" if name == "supervised" else f"of objective {name}"
         raise UserError(
             f"{model.weights.origin} is {what} and has no classifier: "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +22,14 @@ from torch.nn import functional as F
 
 from ssl_c2f.core.files import write_bytes, write_json, write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models.heads import read_out
 from ssl_c2f.models.published import to_hf
 from ssl_c2f.models.vit import ViT, ViTOptions
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.tasks.convert import notice
-from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import at_full_resolution
-from ssl_c2f.train.weights import Weights, load_weights, run_options
+from ssl_c2f.train.recipe import Recipe
+from ssl_c2f.train.weights import Weights, load_weights
 
 Format = Literal["hf", "onnx", "safetensors"]
 
@@ -46,7 +43,7 @@ def export(ckpt: Path, format: Format, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something; give a new folder")
     weights = load_weights(ckpt)
-    if (name := run_options(weights).model.name) != "vit":
+    if (name := weights.recipe.model.name) != "vit":
         raise UserError(f"{weights.origin}: only model vit can be exported, not {name}")
     for line in weights.notes:
         print(line)
@@ -63,48 +60,39 @@ def export(ckpt: Path, format: Format, out: Path) -> Path:
     return out
 
 
-def _fine(weights: Weights, options: RunOptions) -> tuple[Objective, Geometry, Statistics]:
-    """The model at full resolution, and the statistics of its input."""
-    geometry = options.fine_geometry
-    model = at_full_resolution(options, weights.state, weights.geometry, len(weights.classes), torch.device("cpu"))
-    if geometry.digest() not in weights.statistics:
-        raise UserError(f"{weights.origin}: no statistics of its input at full resolution")
-    return model, geometry, weights.statistics[geometry.digest()]
-
-
 def _vit(objective: Objective) -> ViT:
     assert isinstance(objective.encoder, ViT)
     return objective.encoder
 
 
-def _facts(weights: Weights, options: RunOptions, geometry: Geometry, statistics: Statistics) -> dict[str, Any]:
+def _facts(weights: Weights) -> dict[str, Any]:
     """What one has to know to feed the weights."""
+    recipe = weights.recipe
     return {
-        "audio": options.audio.model_dump(mode="json"), "model": options.model.model_dump(mode="json"),
-        "geometry": geometry.to_dict(), "statistics": asdict(statistics), "classes": list(weights.classes),
+        "audio": recipe.audio.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json"),
+        "geometry": recipe.fine_geometry.to_dict(), "statistics": asdict(weights.fine_statistics),
+        "classes": list(weights.classes),
         "input": "natural log-mel filterbank (B, T, F) as Kaldi computes it; normalised: (x - mean) / (factor std)",
         "source": dict(weights.source),
     }
 
 
 def _to_safetensors(weights: Weights, out: Path) -> None:
-    options = run_options(weights)
-    model, geometry, statistics = _fine(weights, options)
-    encoder = _vit(model)
+    encoder = _vit(weights.at_full_resolution())
     tensors = {name: tensor.contiguous().clone() for name, tensor in encoder.state_dict().items()}
     tensors["positions"] = encoder.positions.detach().contiguous().clone()  # also those that are made anew
     write_bytes(out / "encoder.safetensors", safetensors.torch.save(tensors))
-    write_json(out / "encoder.json", _facts(weights, options, geometry, statistics))
+    write_json(out / "encoder.json", _facts(weights))
 
 
 def _to_hf(weights: Weights, out: Path) -> None:
-    options = _whole_patches(run_options(weights), weights)
-    _require_ast(options, weights)
-    model, geometry, statistics = _fine(weights, options)
+    weights = _whole_patches(weights)
+    _require_ast(weights)
+    model, geometry = weights.at_full_resolution(), weights.recipe.fine_geometry
     patch = geometry.patch_f, geometry.patch_t
     tensors = to_hf(model.state_dict(), patch, _vit(model).positions.detach())
     write_bytes(out / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
-    for name, content in _hf_configs(options, weights, geometry, statistics).items():
+    for name, content in _hf_configs(weights).items():
         write_text(out / name, json.dumps(content, indent=2) + "\n")
     licence = weights.source.get("licence", "")
     known = re.match(r"[\w.-]+", licence)
@@ -114,23 +102,24 @@ def _to_hf(weights: Weights, out: Path) -> None:
         f"An audio spectrogram transformer of {len(weights.classes)} classes, exported by ssl_c2f for clips of "
         f"{geometry.covered} frames.\nTransformers fills shorter clips up with zeros and attends to them.\n"
     ))
-    print(f"for clips of {geometry.covered} frames ({options.audio.clip_seconds:g} s), grid {geometry.grid}")
+    print(f"for clips of {geometry.covered} frames ({weights.recipe.audio.clip_seconds:g} s), grid {geometry.grid}")
 
 
-def _whole_patches(options: RunOptions, weights: Weights) -> RunOptions:
+def _whole_patches(weights: Weights) -> Weights:
     """The same for clips that end where a patch does: AST knows no padding. Loses less than a stride of frames."""
-    g = options.fine_geometry
+    recipe, g = weights.recipe, weights.recipe.fine_geometry
     columns = (g.frames(g.clip_samples) - g.patch_t) // g.stride_t + 1
     if columns < 1:
-        raise UserError(f"{weights.origin}: a clip of {options.audio.clip_seconds:g} s is shorter than a patch")
+        raise UserError(f"{weights.origin}: a clip of {recipe.audio.clip_seconds:g} s is shorter than a patch")
     samples = g.window + (g.patch_t + (columns - 1) * g.stride_t - 1) * g.hop
-    audio = options.audio.model_copy(update={"clip_seconds": samples / g.sample_rate})
-    return RunOptions.model_validate({**options.model_dump(mode="json"), "audio": audio.model_dump()}, strict=False)
+    audio = recipe.audio.model_copy(update={"clip_seconds": samples / g.sample_rate})
+    shorter = Recipe.model_validate({**recipe.model_dump(mode="json"), "audio": audio.model_dump()}, strict=False)
+    return replace(weights, recipe=shorter)
 
 
-def _require_ast(options: RunOptions, weights: Weights) -> None:
+def _require_ast(weights: Weights) -> None:
     """Raises UserError: it is no AST, in one line that says what would be."""
-    m, audio, o = options.model, options.audio, options.objective
+    m, audio, o = weights.recipe.model, weights.recipe.audio, weights.recipe.objective
     assert isinstance(m, ViTOptions)
     again = "fine-tune one that is"
     for wrong, what in (
@@ -148,12 +137,11 @@ def _require_ast(options: RunOptions, weights: Weights) -> None:
             raise UserError(f"{weights.origin} cannot become ASTForAudioClassification: {what}")
 
 
-def _hf_configs(
-    options: RunOptions, weights: Weights, geometry: Geometry, statistics: Statistics
-) -> dict[str, dict[str, Any]]:
-    m, labels = options.model, dict(enumerate(weights.classes))
+def _hf_configs(weights: Weights) -> dict[str, dict[str, Any]]:
+    m, labels = weights.recipe.model, dict(enumerate(weights.classes))
+    geometry, statistics = weights.recipe.fine_geometry, weights.fine_statistics
     assert isinstance(m, ViTOptions)
-    several = getattr(options.objective, "labels", "single") == "multi"
+    several = getattr(weights.recipe.objective, "labels", "single") == "multi"
     shared = {"max_length": geometry.covered, "num_mel_bins": geometry.num_mels}
     return {
         "config.json": {
@@ -183,11 +171,12 @@ class FromLogMel(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, objective: Objective, geometry: Geometry, statistics: Statistics, classes: int) -> None:
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
-        g = self.geometry = geometry
+        objective, statistics = weights.at_full_resolution(), weights.fine_statistics
+        g = self.geometry = weights.recipe.fine_geometry
         self.encoder = _vit(objective)
-        self.head = objective.head if classes and isinstance(objective, Supervised) else None
+        self.head = objective.head if weights.classes and isinstance(objective, Supervised) else None
         self.register_buffer("mean", torch.tensor(statistics.mean))
         self.register_buffer("scale", torch.tensor(statistics.factor * statistics.std))
         kernel = self.encoder.patch_embed.weight.detach().view(-1, 1, g.patch_f, g.patch_t)
@@ -217,9 +206,8 @@ def _to_onnx(weights: Weights, out: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install ssl_c2f[export]") from None
-    options = run_options(weights)
-    model, geometry, statistics = _fine(weights, options)
-    wrapped = FromLogMel(model, geometry, statistics, len(weights.classes)).eval()
+    geometry = weights.recipe.fine_geometry
+    wrapped = FromLogMel(weights).eval()
     frames = geometry.frames(geometry.clip_samples)
     sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("frames", min=geometry.patch_t, max=frames)}
     program = torch.onnx.export(
@@ -229,7 +217,7 @@ def _to_onnx(weights: Weights, out: Path) -> None:
     assert program is not None
     out.mkdir(parents=True, exist_ok=True)
     program.save(str(out / "model.onnx"), external_data=False)
-    facts = _facts(weights, options, geometry, statistics) | {
+    facts = _facts(weights) | {
         "input": f"log_mel (B, T, F): natural log-mel filterbank as Kaldi computes it, not normalised; "
         f"T from {geometry.patch_t} to {frames}",
     }

@@ -26,7 +26,6 @@ from ssl_c2f.tasks.evaluate import print_scores, write_scores
 from ssl_c2f.tasks.inference import run_of
 from ssl_c2f.train import engine, metrics, publish
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import at_full_resolution
 from ssl_c2f.train.weights import Weights, Which, load_weights
 
 
@@ -50,7 +49,7 @@ class FinetuneOptions(RunOptions):
 
 def checkpoint_defaults(weights: Weights) -> Mapping[str, Any]:
     """What a fine-tuning run takes over from its checkpoint."""
-    return {key: weights.options[key] for key in ("audio", "model", "compression")}
+    return weights.recipe.model_dump(mode="json", include={"audio", "model", "compression"})
 
 
 def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, report: bool = True) -> Path:
@@ -130,7 +129,7 @@ def _score(options: FinetuneOptions, path: Path, statistics: InputStatistics) ->
     """(n, C) scores of the fold's held-out clips, and (n,) which clips they are."""
     device, corpus = distributed.init(options.train.device).device, statistics.corpus
     tuned = load_weights(path, options.weights)
-    model = at_full_resolution(options, tuned.state, tuned.geometry, corpus.num_classes, device)
+    model = tuned.at_full_resolution(device)
     assert isinstance(model, Supervised)
     front_end = statistics.front_end(options.fine_geometry).to(device)
     return Runner(corpus, front_end, options.evaluation.batch_size).run(model.scores, corpus.held_out).by_clip()

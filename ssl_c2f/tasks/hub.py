@@ -18,13 +18,11 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from ssl_c2f.core.files import write_bytes, write_json, write_text
-from ssl_c2f.core.options import UserError
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.objectives.supervised import Supervised
-from ssl_c2f.tasks.convert import notice, state_of
-from ssl_c2f.train.validate import at_full_resolution
-from ssl_c2f.train.weights import Weights, load_weights, run_options
+from ssl_c2f.tasks.convert import notice
+from ssl_c2f.train.weights import Weights, load_weights
 
 _FILES = ("model.safetensors", "state.json")
 
@@ -40,14 +38,9 @@ class AudioModel(
         super().__init__()
         # config.json, by which the Hub counts downloads; all facts are in state.json
         self._hub_mixin_config = {"model_type": "ssl_c2f"}
-        options = run_options(weights)
-        self.weights, self.geometry = replace(weights, state={}), options.fine_geometry  # one copy of the tensors
-        statistics = weights.statistics.get(self.geometry.digest())
-        if statistics is None:
-            raise UserError(f"{weights.origin}: no statistics of its input at full resolution")
-        self.front_end = FrontEnd(self.geometry, statistics)
-        device = torch.device("cpu")
-        self.objective = at_full_resolution(options, weights.state, weights.geometry, len(weights.classes), device)
+        self.weights, self.geometry = replace(weights, tensors={}), weights.recipe.fine_geometry  # one copy of tensors
+        self.front_end = FrontEnd(self.geometry, weights.fine_statistics)
+        self.objective = weights.at_full_resolution()
         self.classes = weights.classes if isinstance(self.objective, Supervised) else ()
 
     def batch(self, waveform: Tensor, num_samples: Tensor | None = None) -> Batch:
@@ -79,8 +72,8 @@ class AudioModel(
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.objective.state_dict().items()}
         write_bytes(save_directory / _FILES[0], safetensors.torch.save(tensors))
-        weights = replace(self.weights, state=tensors, geometry=self.geometry)
-        write_json(save_directory / _FILES[1], state_of(weights))
+        weights = replace(self.weights, tensors=tensors, geometry=self.geometry)
+        write_json(save_directory / _FILES[1], weights.to_json())
         if weights.source:
             write_text(save_directory / "NOTICE", notice(weights.source))
 

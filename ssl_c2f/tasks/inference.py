@@ -26,9 +26,7 @@ from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.runner import Rows, Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
-from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import at_full_resolution
-from ssl_c2f.train.weights import Weights, Which, load_weights, rebuild, results_folder, run_options
+from ssl_c2f.train.weights import Weights, Which, load_weights, results_folder
 
 
 class InferenceOptions(Options):
@@ -61,7 +59,6 @@ class Model:
 
     objective: Objective
     geometry: Geometry
-    options: RunOptions  # those that made it
     weights: Weights
     device: torch.device
     batch_size: int
@@ -69,7 +66,7 @@ class Model:
     @property
     def classes(self) -> tuple[str, ...]:
         """What it tells apart; empty unless it has a classifier."""
-        return self.weights.classes if self.options.objective.name == "supervised" else ()
+        return self.weights.classes if self.weights.recipe.objective.name == "supervised" else ()
 
 
 def open_model(ckpt: Path, options: InferenceOptions) -> Model:
@@ -77,13 +74,8 @@ def open_model(ckpt: Path, options: InferenceOptions) -> Model:
     weights, device = load_weights(ckpt, options.weights), distributed.init(options.device).device
     for line in weights.notes:
         print(line)
-    made_by = run_options(weights)
-    if options.resolution == "trained":
-        objective, geometry = rebuild(weights, device), weights.geometry
-    else:
-        geometry = made_by.fine_geometry
-        objective = at_full_resolution(made_by, weights.state, weights.geometry, len(weights.classes), device)
-    return Model(objective, geometry, made_by, weights, device, options.batch_size)
+    geometry = weights.geometry if options.resolution == "trained" else weights.recipe.fine_geometry
+    return Model(weights.objective(geometry, device), geometry, weights, device, options.batch_size)
 
 
 def run_of(weights: Weights) -> Path:

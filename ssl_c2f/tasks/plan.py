@@ -6,7 +6,6 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,16 +14,17 @@ from ssl_c2f.core import distributed
 from ssl_c2f.core.progress import table
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
-from ssl_c2f.curriculum.phases import Phase, Place
+from ssl_c2f.curriculum.cost import step_flops
+from ssl_c2f.curriculum.phases import Phase
 from ssl_c2f.data.corpus import BadFiles, Corpus
 from ssl_c2f.data.dataset import open_manifest, split
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.sampler import micro_batches
 from ssl_c2f.data.statistics import InputStatistics
-from ssl_c2f.train.engine import noise, train_step
+from ssl_c2f.train.engine import dry_run, noise, train_step
 from ssl_c2f.train.recipe import RunOptions, make_plan, plan_rows
-from ssl_c2f.train.state import Run, build, prepare
+from ssl_c2f.train.state import Run, prepare
 
 ASSUMED_CLIPS = 10_000
 _ROUNDS = 3
@@ -72,20 +72,19 @@ def _measure(options: RunOptions, clips: int, num_classes: int) -> None:
 
 
 def _measured(run: Run, phase: Phase) -> Sequence[str]:
-    o, device = run.options, run.dist.device
+    device = run.dist.device
     own_peak = _forget_peak(device)
-    size = micro_batches(phase.batch_size, o.train.max_batch_per_device)[-1]
-    t = prepare(run, build(run, phase), 0)
-    front_end = FrontEnd(o.geometries[phase.index], Statistics(0.0, 1.0)).to(device)
-    place = Place(phase.index, replace(phase, batch_size=size), 0.0, 0.0)
-    items = noise(run, phase, size)
+    size = micro_batches(phase.batch_size, run.options.train.max_batch_per_device)[-1]
+    trial, short = dry_run(run, phase, size, steps=_ROUNDS + 1)
+    training, items = prepare(trial, short), noise(run, phase, size)
+    front_end = FrontEnd(phase.geometry, Statistics(0.0, 1.0)).to(device)
     times = []
     for _ in range(_ROUNDS + 1):  # the first one warms up
         began = time.perf_counter()
-        train_step(run, t, place, iter([items]), front_end)  # reads the gradient's norm, so it waits for the device
+        train_step(trial, training, iter([items]), front_end)  # reads the gradient's norm, so it waits for the device
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[1:]) / size
-    flops = run.costs(phase.index)[1]
+    flops = step_flops(phase.costs)
     peak = f"{_peak(device) / 2**30:.2f} GiB" if own_peak else "-"
     hours = seconds * phase.steps * phase.batch_size / 3600
     speed = f"{1e3 * seconds:.3g}", f"{flops / seconds / 1e9:.3g}"

@@ -93,7 +93,7 @@ def _readers(model: Model, options: ProbeOptions) -> dict[str, Reader]:
     if options.random:
         with torch.random.fork_rng():
             torch.manual_seed(draws.seed(options.seed, "random encoder"))
-            untrained = model.options.build(model.geometry, len(model.weights.classes)).to(model.device).eval()
+            untrained = model.weights.recipe.build(model.geometry, len(model.weights.classes)).to(model.device).eval()
         readers["random encoder"] = lambda batch: untrained.embed(batch, "mean_std")
     if options.baseline:
         readers["log-mel"] = log_mel_statistics

@@ -21,10 +21,11 @@ from torch import Tensor
 from ssl_c2f.core.files import write_bytes, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import spread
 from ssl_c2f.data.decode import AudioError, read_audio
-from ssl_c2f.data.front_end import Batch, Masking
+from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.objectives import Objective
 

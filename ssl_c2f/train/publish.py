@@ -36,7 +36,7 @@ def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object
         return None
     folder, options = run.phase_folder(phase), run.options.tracking
     config = run.options.model_dump(mode="json") | {
-        "phase": phase.name, "geometry": run.options.geometries[phase.index].to_dict(),
+        "phase": phase.name, "geometry": phase.geometry.to_dict(),
         "plan": read_json(run.folder.plan), "source": source_of(run, phase),
     }
     identity = Identity(
@@ -81,13 +81,14 @@ def show_phase(tracker: Tracker, run: Run, phase: Phase) -> None:
     folder, kind = run.phase_folder(phase), run.options.tracking.artifacts
     if pictures := read_json(folder.pictures / "pictures.json"):  # they join the row of the last record
         tracker.publish(lambda live: live.log(_pictures(folder.pictures, pictures), commit=False))
-    plan, transfer, axes = read_json(run.folder.plan), read_json(folder.transfer), run.counters(phase.last_step)
+    plan, transfer = read_json(run.folder.plan), read_json(folder.transfer)
+    axes = run.curriculum.counters(phase.last_step)
     tracker.publish(lambda live: live.log(_tables(plan, transfer) | axes))
     newest = folder.newest()
     if newest and kind != "none":
         facts: dict[str, Any] = {
-            "phase": phase.name, "step": run.curriculum.phases[phase.index].last_step,
-            "geometry": run.options.geometries[phase.index].to_dict(), "source": source_of(run, phase),
+            "phase": phase.name, "step": phase.last_step,
+            "geometry": phase.geometry.to_dict(), "source": source_of(run, phase),
         }
         size = sum(file.stat().st_size for file in _files(newest)) if kind == "upload" else 0
         tracker.publish(lambda live: _use(live, facts["source"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,10 +11,9 @@ from pydantic import Field, model_validator
 from ssl_c2f.core.options import Options
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries
-from ssl_c2f.curriculum.phases import Curriculum, Phase, PhaseOptions, make_curriculum
+from ssl_c2f.curriculum.phases import Curriculum, Masking, Phase, PhaseOptions, make_phase
 from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.dataset import DataOptions
-from ssl_c2f.data.front_end import Masking
 from ssl_c2f.data.masks import MaskOptions
 from ssl_c2f.models.backbones import ModelOptions
 from ssl_c2f.models.htsat import HTSATOptions
@@ -52,15 +50,51 @@ class EvaluationOptions(Options):
     knn: int = Field(10, ge=1, description="neighbours")
 
 
-class RunOptions(Options):
-    """All options of one run."""
+class Recipe(Options):
+    """What makes a network, and what a checkpoint of it tells. All else is how it was trained."""
 
-    seed: int = Field(0, ge=0)
-    data: DataOptions = DataOptions()
     audio: AudioOptions = AudioOptions()
     compression: Compression = "frame_shift"
     model: ModelOptions = ViTOptions()
     objective: AnyOptions = MAEOptions()
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Recipe:
+        name = self.objective.name
+        if isinstance(self.model, HTSATOptions):
+            if not isinstance(self.objective, SupervisedOptions):
+                raise ValueError(f"model htsat learns from labels only, and objective {name} hides tokens that its "
+                                 "windows need: use model.name=vit, or ssl_c2f train")
+            if self.objective.head in ("class_token", "ast"):
+                raise ValueError(f"objective.head {self.objective.head}: model htsat has no class token; use mean_pool")
+        if self.fine_geometry.overlaps and name != "supervised":
+            raise ValueError("model.stride_f and model.stride_t: patches that overlap show objective "
+                             f"{name} what it should predict")
+        return self
+
+    @property
+    def fine_geometry(self) -> Geometry:
+        """Full resolution, and the model's own patch: where validation losses are taken and weights are used."""
+        return self._geometries([])[-1]
+
+    def _geometries(self, phases: Sequence[PhaseOptions]) -> list[Geometry]:
+        """Of each phase, and the fine one."""
+        patch = (self.model.patch_f, self.model.patch_t)
+        wanted = [(phase.time_factor, phase.patch(patch)) for phase in phases]
+        return make_geometries(
+            self.audio, self.compression, patch, [*wanted, (1, None)], self.model.stride, self.model.fold
+        )
+
+    def build(self, geometry: Geometry, num_classes: int) -> Objective:
+        """The network, freshly initialised from torch's global generator."""
+        return self.objective.build(self.model, geometry, num_classes)
+
+
+class RunOptions(Recipe):
+    """All options of one run."""
+
+    seed: int = Field(0, ge=0)
+    data: DataOptions = DataOptions()
     mask: MaskOptions = MaskOptions()
     augment: AugmentOptions = AugmentOptions()
     optim: OptimOptions = OptimOptions()
@@ -77,76 +111,44 @@ class RunOptions(Options):
             raise ValueError(f"phases: names must differ, not {', '.join(names)}")
         if self.optim.lr is not None and all(phase.lr is not None for phase in self.phases):
             raise ValueError("optim.lr has no effect: every phase sets its own lr (phases.0.lr=...)")
-        if isinstance(self.model, HTSATOptions):
-            self._may_be_hierarchical()
-        if self.fine_geometry.overlaps:
-            self._may_overlap()
         for phase, geometry in zip(self.phases, self.geometries, strict=True):
+            if self.fine_geometry.overlaps and phase.patch((1, 1)):
+                raise ValueError(f"model.stride_f and model.stride_t: phase {phase.name} has a patch of its own; "
+                                 "patches that overlap need one for all")
             if geometry.num_tokens < 2:
                 raise ValueError(f"phase {phase.name}: a clip of {self.audio.clip_seconds:g} s is a single token")
         return self
 
-    def _may_be_hierarchical(self) -> None:
-        if not isinstance(self.objective, SupervisedOptions):
-            name = self.objective.name
-            raise ValueError(f"model htsat learns from labels only, and objective {name} hides tokens that its windows "
-                             "need: use model.name=vit, or ssl_c2f train")
-        if self.objective.head in ("class_token", "ast"):
-            raise ValueError(f"objective.head {self.objective.head}: model htsat has no class token; use mean_pool")
-
-    def _may_overlap(self) -> None:
-        stride = "model.stride_f and model.stride_t"
-        if self.objective.name != "supervised":
-            raise ValueError(f"{stride}: patches that overlap show objective {self.objective.name} what it should tell")
-        if own := next((phase.name for phase in self.phases if _own_patch(phase, (1, 1))), None):
-            raise ValueError(f"{stride}: phase {own} has a patch of its own; patches that overlap need one for all")
-
-    @cached_property
+    @property
     def geometries(self) -> list[Geometry]:
-        """One for each phase."""
-        return self._all_geometries[:-1]
+        """Of each phase."""
+        return self._geometries(self.phases)[:-1]
 
     @property
     def fine_geometry(self) -> Geometry:
-        """Full resolution, the run's own patch: where validation losses are taken."""
-        return self._all_geometries[-1]
-
-    @cached_property
-    def _all_geometries(self) -> list[Geometry]:
-        patch = (self.model.patch_f, self.model.patch_t)
-        phases: list[tuple[int, tuple[int, int] | None]] = [
-            (phase.time_factor, _own_patch(phase, patch)) for phase in self.phases
-        ]
-        return make_geometries(
-            self.audio, self.compression, patch, [*phases, (1, None)], self.model.stride, self.model.fold
-        )
-
-    def mask_ratio(self, phase: PhaseOptions) -> float:
-        return phase.mask_ratio or self.mask.ratio
-
-    def parts(self, index: int, num_classes: int) -> list[cost.Part]:
-        """Costs of one clip in one step of phase `index`."""
-        ratio = self.mask_ratio(self.phases[index])
-        return self.objective.costs(self.model, self.geometries[index], ratio, num_classes)
+        return self._geometries(self.phases)[-1]  # padded to the span of all phases
 
     def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
-        return make_curriculum(
-            self.phases, num_clips=num_clips, lr=self.optim.lr or 5e-4, min_lr_ratio=self.optim.min_lr_ratio,
-            mask_ratio=self.mask.ratio, mask_shape=self.mask.shape or self.objective.mask_shape,
-            flops_per_clip=[cost.step_flops(self.parts(i, num_classes)) for i in range(len(self.phases))],
-        )
+        """The phases over a set of so many clips and classes: what they leave to the run is filled in here, once."""
+        phases: list[Phase] = []
+        for phase, geometry in zip(self.phases, self.geometries, strict=True):
+            phases.append(make_phase(
+                phase, phases[-1] if phases else None, geometry=geometry, masking=self._masking(phase),
+                costs=self.costs(phase, geometry, num_classes), num_clips=num_clips, lr=self.optim.lr or 5e-4,
+                min_lr_ratio=self.optim.min_lr_ratio,
+            ))
+        return Curriculum(tuple(phases))
 
-    def masking(self, phase: Phase, objective: Objective) -> Masking | None:
-        if not self.objective.num_masks:
-            return None
-        return Masking(phase.mask_shape, phase.mask_ratio, self.mask.size, self.objective.num_masks, self.mask.seconds)
+    def _masking(self, phase: PhaseOptions) -> Masking | None:
+        shape = phase.mask_shape or self.mask.shape or self.objective.mask_shape
+        count = self.objective.num_masks
+        ratio = phase.mask_ratio or self.mask.ratio
+        return Masking(shape, ratio, self.mask.size, count, self.mask.seconds) if count else None
 
-    def build(self, geometry: Geometry, num_classes: int) -> Objective:
-        return self.objective.build(self.model, geometry, num_classes)
-
-
-def _own_patch(phase: PhaseOptions, patch: tuple[int, int]) -> tuple[int, int] | None:
-    return (phase.patch_f or patch[0], phase.patch_t or patch[1]) if phase.patch_f or phase.patch_t else None
+    def costs(self, phase: PhaseOptions, geometry: Geometry, num_classes: int) -> tuple[cost.Part, ...]:
+        """Of one clip in one step of a phase, were it in `geometry`."""
+        ratio = phase.mask_ratio or self.mask.ratio
+        return tuple(self.objective.costs(self.model, geometry, ratio, num_classes))
 
 
 @dataclass(frozen=True)
@@ -194,35 +196,33 @@ def make_plan(options: RunOptions, num_clips: int, num_classes: int) -> Plan:
     """The cost of a run over a set of `num_clips`, from its options alone."""
     import torch
 
-    curriculum = options.curriculum(num_clips, num_classes)
+    phases = options.curriculum(num_clips, num_classes).phases
     with torch.random.fork_rng():
-        objective = options.build(options.geometries[-1], num_classes)
+        objective = options.build(phases[-1].geometry, num_classes)
     parameters = sum(p.numel() for p in objective.parameters())
     frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
-    phases = [_phase_plan(options, phase, num_classes) for phase in curriculum.phases]
+    plans = [_phase_plan(options, phase) for phase in phases]
     limit = options.train.max_batch_per_device or max(p.batch_size for p in phases)
-    last_ratio = options.mask_ratio(options.phases[-1])
-    fine = options.objective.costs(options.model, options.fine_geometry, last_ratio, num_classes)
+    fine = options.costs(options.phases[-1], options.fine_geometry, num_classes)
     return Plan(
-        phases=tuple(phases), parameters=parameters,
+        phases=tuple(plans), parameters=parameters,
         state_mb=cost.state_bytes(parameters, options.ema > 0, frozen) / 1e6,
-        pflops=sum(p.pflops for p in phases),
-        single_phase_pflops=sum(p.clips for p in phases) * cost.step_flops(fine) / 1e15,
-        rehearsal_pflops=sum(2 * min(2 * limit, p.batch_size) * p.gflops_per_clip for p in phases) / 1e6,
+        pflops=sum(p.pflops for p in plans),
+        single_phase_pflops=sum(p.clips for p in plans) * cost.step_flops(fine) / 1e15,
+        rehearsal_pflops=sum(2 * min(2 * limit, p.batch_size) * p.gflops_per_clip for p in plans) / 1e6,
     )
 
 
-def _phase_plan(options: RunOptions, phase: Phase, num_classes: int) -> PhasePlan:
-    geometry, parts = options.geometries[phase.index], options.parts(phase.index, num_classes)
-    per_clip, tokens = cost.step_flops(parts), cost.seen_tokens(parts)
+def _phase_plan(options: RunOptions, phase: Phase) -> PhasePlan:
+    geometry, per_clip, tokens = phase.geometry, cost.step_flops(phase.costs), cost.seen_tokens(phase.costs)
     clips, bytes_per_value = phase.steps * phase.batch_size, 2 if options.train.precision == "bf16" else 4
     return PhasePlan(
-        name=phase.name, time_factor=phase.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
+        name=phase.name, time_factor=geometry.time_factor, hop_ms=geometry.hop_ms * geometry.pool,
         frames=geometry.frames(geometry.clip_samples), grid=geometry.grid, tokens=geometry.num_tokens,
         kept=tokens, batch_size=phase.batch_size, steps=phase.steps, clips=clips,
         gflops_per_clip=per_clip / 1e9, tflops_per_step=per_clip * phase.batch_size / 1e12,
         pflops=per_clip * clips / 1e15,
-        parts={part.name: part.step / 1e9 for part in parts},
+        parts={part.name: part.step / 1e9 for part in phase.costs},
         activation_mb_per_clip=options.model.activation_bytes(geometry, tokens, bytes_per_value) / 1e6,
     )
 

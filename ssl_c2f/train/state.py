@@ -1,4 +1,4 @@
-"""What a phase trains, and how it stands on disk.
+"""Training state: model, optimiser and EMA of a phase; building, saving and loading them.
 
 A phase starts from its own newest checkpoint, else from the last one of the phase before, else from the weights that
 the run was given, else from scratch.
@@ -7,7 +7,7 @@ the run was given, else from scratch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from ssl_c2f.core.files import write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.core.signals import Stop
-from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.curriculum.phases import Curriculum, Phase
 from ssl_c2f.curriculum.transfer import TransferReport, transfer
@@ -29,7 +28,7 @@ from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.train import optim
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.weights import Weights
+from ssl_c2f.train.weights import CheckpointState, Weights
 
 
 @dataclass(frozen=True)
@@ -59,44 +58,37 @@ class Run:
         found: Path | None = self.dist.broadcast_object(self.phase_folder(phase).newest())
         return found
 
-    def costs(self, index: int) -> tuple[int, float]:
-        """Tokens that the encoder sees, and FLOPs of a training step, for one clip of a phase."""
-        parts = self.options.parts(index, self.corpus.num_classes)
-        return cost.seen_tokens(parts), cost.step_flops(parts)
-
     def runner(self, geometry: Geometry, stop: Stop | None = None) -> Runner:
         """Reads windows in a geometry, on this process's device."""
         front_end = self.statistics.front_end(geometry).to(self.dist.device)
         return Runner(self.corpus, front_end, self.options.evaluation.batch_size, stop)
-
-    def counters(self, step: int) -> dict[str, float]:
-        """Samples, tokens and FLOPs that are behind a step: functions of the step alone."""
-        samples, tokens, flops = self.curriculum.samples(step), 0, 0.0
-        for phase in self.curriculum.phases:
-            clips = min(max(step - phase.first_step, 0), phase.steps) * phase.batch_size
-            per_clip = self.costs(phase.index)
-            tokens, flops = tokens + clips * per_clip[0], flops + clips * per_clip[1]
-        return {"samples": samples, "tokens": tokens, "flops": flops}
 
 
 @dataclass
 class Training:
     """What a phase changes."""
 
+    phase: Phase
     objective: Objective
     model: nn.Module  # the objective, wrapped for DDP and compilation
     optimizer: torch.optim.AdamW
     ema: dict[str, Tensor] | None
-    step: int
-    geometry: Geometry
+    step: int  # of the run, done so far
     train_seconds: float = 0.0
     skipped: int = 0
 
 
-def prepare(run: Run, objective: Objective, step: int) -> Training:
-    """Put a new objective on the device, with its optimiser and wrappers."""
+def build(run: Run, phase: Phase) -> Objective:
+    """A phase's objective with fresh weights, the same in every process. The global generators are left alone."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(draws.seed(run.options.seed, phase.index, "weights"))
+        return run.options.build(phase.geometry, run.corpus.num_classes)
+
+
+def prepare(run: Run, phase: Phase) -> Training:
+    """The beginning of a phase from scratch, on the device, with its optimiser and wrappers."""
     o, device = run.options, run.dist.device
-    objective = objective.to(device).train()
+    objective = build(run, phase).to(device).train()
     model: nn.Module = torch.compile(objective) if o.train.compile else objective  # type: ignore[assignment]
     if run.dist.world > 1:
         ids = [run.dist.local_rank] if device.type == "cuda" else None
@@ -106,14 +98,7 @@ def prepare(run: Run, objective: Objective, step: int) -> Training:
         model.broadcast_buffers = False
     ema = {name: value.clone() for name, value in objective.state_dict().items()} if o.ema else None
     optimizer = optim.make_optimizer(objective, o.optim, o.model.depth)
-    return Training(objective, model, optimizer, ema, step, objective.geometry)
-
-
-def build(run: Run, phase: Phase) -> Objective:
-    """A phase's objective with fresh weights, the same in every process. The global generators are left alone."""
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(draws.seed(run.options.seed, phase.index, "weights"))
-        return run.options.build(run.options.geometries[phase.index], run.corpus.num_classes)
+    return Training(phase, objective, model, optimizer, ema, phase.first_step)
 
 
 def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
@@ -122,72 +107,79 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
     Raises:
         UserError: the phase before has no checkpoint, or the weights do not fit.
     """
-    folder, geometry = run.phase_folder(phase), run.options.geometries[phase.index]
-    t = prepare(run, build(run, phase), phase.first_step)
+    training = prepare(run, phase)
     if newest := run.newest(phase):
         saved = checkpoint.load(newest)
-        if Geometry(**saved.state["geometry"]) != geometry:
+        state = CheckpointState.read(saved.state, newest)
+        # Adding a phase may change the grids of those before it, since all of them span the same padded clip.
+        if state.geometry != phase.geometry:
             raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
-        _load(t, saved.model, saved.ema)
-        optim.restore_moments(t.optimizer, saved.optimizer or {})
-        t.step, t.train_seconds, t.skipped = (saved.state[key] for key in ("step", "train_seconds", "skipped"))
+        _load(training, saved.model, saved.ema)
+        optim.restore_moments(training.optimizer, saved.optimizer or {})
+        training.step, training.train_seconds, training.skipped = state.step, state.train_seconds, state.skipped
         note(f"{phase.name}: resumed from {newest}")
-        return t
-    if phase.index > 0:
+    elif phase.index > 0:
         before = run.curriculum.phases[phase.index - 1]
         newest = run.newest(before)
+        # Without the end of the phase before there is nothing to go on from: to start from its middle would be another
+        # run, and to start afresh would waste what it costs.
         if newest is None or not run.phase_folder(before).is_done():
             raise UserError(f"phase {phase.name} cannot start: phase {before.name} is not done in {run.folder.path}")
         saved = checkpoint.load(newest)
-        source = Geometry(**saved.state["geometry"])
-        report = carry_over(t, saved.model, saved.ema, source, geometry)
+        state = CheckpointState.read(saved.state, newest)
+        report = carry_over(training, saved.model, saved.ema, state.geometry)
         if run.options.optim.moments == "keep":
-            optim.restore_moments(t.optimizer, saved.optimizer or {})
-        t.train_seconds, t.skipped = saved.state["train_seconds"], saved.state["skipped"]
-        _report(run, folder, report, str(newest), note)
+            optim.restore_moments(training.optimizer, saved.optimizer or {})
+        training.train_seconds, training.skipped = state.train_seconds, state.skipped
+        _report(run, phase, report, str(newest), note)
     elif run.initial:
-        report = carry_over(t, run.initial.state, None, run.initial.geometry, geometry)
-        _report(run, folder, report, run.initial.origin, note)
-    return t
+        report = carry_over(training, run.initial.tensors, None, run.initial.geometry)
+        _report(run, phase, report, run.initial.origin, note)
+    return training
 
 
-def _load(t: Training, state: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None) -> None:
-    t.objective.load_state_dict(state)
-    if t.ema is not None:
-        t.ema = {name: (ema or state)[name].to(value.device) for name, value in t.ema.items()}  # keeps the order
+def _load(training: Training, state: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None) -> None:
+    training.objective.load_state_dict(state)
+    if training.ema is not None:  # in its own order, which the update relies on
+        training.ema = {name: (ema or state)[name].to(value.device) for name, value in training.ema.items()}
 
 
 def carry_over(
-    t: Training, state: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None, source: Geometry, target: Geometry
+    training: Training, state: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None, source: Geometry
 ) -> TransferReport:
     """Load weights of another geometry, and their moving average (the weights themselves, where there was none)."""
-    fresh = {name: value.clone() for name, value in t.objective.state_dict().items()}
-    fitted, report = transfer(state, source, fresh, target)
-    _load(t, fitted, transfer(ema, source, fresh, target)[0] if ema else None)
+    fresh = {name: value.clone() for name, value in training.objective.state_dict().items()}
+    fitted, report = transfer(state, source, fresh, training.phase.geometry)
+    _load(training, fitted, transfer(ema, source, fresh, training.phase.geometry)[0] if ema else None)
     return report
 
 
-def _report(run: Run, folder: PhaseFolder, report: TransferReport, origin: str, note: Callable[[str], object]) -> None:
+def _report(run: Run, phase: Phase, report: TransferReport, origin: str, note: Callable[[str], object]) -> None:
     if run.dist.is_main:
         for line in report.lines():
             note(line)
-        write_json(folder.transfer, {"from": origin, **report.to_dict()})
+        write_json(run.phase_folder(phase).transfer, {"from": origin, **report.to_dict()})
 
 
-def save(run: Run, phase: Phase, t: Training) -> None:
+def snapshot(run: Run, training: Training) -> Weights:
+    """The weights as they stand, or their moving average where there is one, with all that is needed to use them."""
+    phase, fine = training.phase, run.options.fine_geometry
+    return Weights(
+        recipe=run.options, geometry=phase.geometry, classes=run.corpus.manifest.classes,
+        statistics={geometry.digest(): run.statistics.of(geometry) for geometry in (phase.geometry, fine)},
+        source=run.initial.source if run.initial else {},  # whose weights these come from, and their licence
+        step=training.step, phase=phase.name, train_seconds=training.train_seconds, skipped=training.skipped,
+        tensors=training.objective.state_dict() if training.ema is None else training.ema,
+        origin=str(run.phase_folder(phase).path),
+    )
+
+
+def save(run: Run, training: Training) -> None:
     """Keep the training as it stands (main process only)."""
     if not run.dist.is_main:
         return
-    o, geometry = run.options, run.options.geometries[phase.index]
-    state = {
-        "step": t.step, "phase": phase.name, "train_seconds": t.train_seconds, "skipped": t.skipped,
-        "geometry": geometry.to_dict(),
-        "statistics": {g.digest(): asdict(run.statistics.of(g)) for g in (geometry, o.fine_geometry)},
-        "classes": list(run.corpus.manifest.classes),
-        "options": o.model_dump(mode="json", include={"audio", "model", "objective", "compression", "seed", "ema"}),
-    }
-    if run.initial and run.initial.source:  # whose weights these come from, and their licence
-        state["source"] = dict(run.initial.source)
-    tensors = {"model": t.objective.state_dict(), **({"ema": t.ema} if t.ema is not None else {})}
-    folder = run.phase_folder(phase).checkpoints
-    checkpoint.save(folder, t.step, tensors, state, optim.moments(t.optimizer), keep=o.train.keep)
+    tensors = {"model": training.objective.state_dict()} | ({"ema": training.ema} if training.ema is not None else {})
+    checkpoint.save(
+        run.phase_folder(training.phase).checkpoints, training.step, tensors, snapshot(run, training).to_json(),
+        optim.moments(training.optimizer), keep=run.options.train.keep,
+    )

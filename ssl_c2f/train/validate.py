@@ -7,32 +7,18 @@ masks, averaged over several draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.curriculum.transfer import transfer
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.dataset import spread
-from ssl_c2f.data.front_end import Masking
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.train import metrics
 from ssl_c2f.train.recipe import RunOptions
-
-
-def at_full_resolution(
-    options: RunOptions, state: Mapping[str, Tensor], geometry: Geometry, num_classes: int, device: torch.device
-) -> Objective:
-    """A copy of an objective's weights in the fine geometry. The global generator is left alone."""
-    with torch.random.fork_rng([]):
-        objective = options.build(options.fine_geometry, num_classes)
-    fitted, _ = transfer(state, geometry, objective.state_dict(), options.fine_geometry)
-    objective.load_state_dict(fitted)
-    return objective.to(device).eval()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -19,34 +19,97 @@ from ssl_c2f.core.files import one_line
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.curriculum.transfer import Moved, TransferReport
+from ssl_c2f.curriculum.transfer import Moved, TransferReport, transfer
 from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models import published
 from ssl_c2f.models.patches import sincos_positions
 from ssl_c2f.objectives import Objective
-from ssl_c2f.train.recipe import RunOptions
+from ssl_c2f.train.recipe import Recipe
 
 Which = Literal["auto", "model", "ema"]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Trained weights and what they need to be used."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What state.json of a checkpoint holds: what its tensors need to be used, and where training stands."""
 
-    state: Mapping[str, Tensor]
-    geometry: Geometry
-    origin: str
+    recipe: Recipe
+    geometry: Geometry  # that the tensors are for
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # by Geometry.digest()
-    options: Mapping[str, Any] = field(default_factory=dict)  # audio, model, objective, ... that made them
     classes: tuple[str, ...] = ()
-    step: int = 0
     source: Mapping[str, str] = field(default_factory=dict)  # whose weights they come from: kind, licence, url, file
+    step: int = 0
+    phase: str = ""
+    train_seconds: float = 0.0
+    skipped: int = 0
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], folder: Path) -> CheckpointState:
+        """From the content of a checkpoint's state.json, which was written by this version or one before.
+
+        Raises:
+            UserError: it is of another program, or of a version to come.
+        """
+        try:
+            recipe = {name: state["options"][name] for name in Recipe.model_fields if name in state["options"]}
+            return cls(
+                recipe=Recipe.model_validate(recipe, strict=False), geometry=Geometry(**state["geometry"]),
+                statistics={digest: Statistics(**values) for digest, values in state["statistics"].items()},
+                classes=tuple(state["classes"]), source=state.get("source", {}), step=state["step"],
+                **{name: state[name] for name in ("phase", "train_seconds", "skipped") if name in state},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            reason = one_line(error)
+            raise UserError(f"{folder / 'state.json'} is not of this version of ssl_c2f ({reason})") from None
+
+    def to_json(self) -> dict[str, Any]:
+        # of a run's options the seed and the EMA's decay are told too: nobody needs them, but people look for them
+        options = self.recipe.model_dump(mode="json", include={*Recipe.model_fields, "seed", "ema"})
+        return {
+            "step": self.step, "phase": self.phase, "train_seconds": self.train_seconds, "skipped": self.skipped,
+            "geometry": self.geometry.to_dict(),
+            "statistics": {digest: asdict(statistics) for digest, statistics in self.statistics.items()},
+            "classes": list(self.classes), "options": options, **({"source": dict(self.source)} if self.source else {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(CheckpointState):
+    """Trained weights, and all that is needed to use them."""
+
+    tensors: Mapping[str, Tensor]
+    origin: str
     notes: tuple[str, ...] = ()  # what there is to say about an import, line by line
 
     @property
     def factor(self) -> float:
         """What the input's deviation is multiplied with before it divides the input."""
         return next((statistics.factor for statistics in self.statistics.values()), 1.0)
+
+    def objective(self, geometry: Geometry | None = None, device: torch.device | str = "cpu") -> Objective:
+        """The network, ready for inference, in a geometry (by default its own). The global generator is left alone.
+
+        Raises:
+            UserError: the tensors do not fit.
+        """
+        geometry = geometry or self.geometry
+        with torch.random.fork_rng([]):
+            objective = self.recipe.build(geometry, len(self.classes))
+        fitted, _ = transfer(self.tensors, self.geometry, objective.state_dict(), geometry)
+        objective.load_state_dict(fitted)
+        return objective.to(device).eval()
+
+    def at_full_resolution(self, device: torch.device | str = "cpu") -> Objective:
+        """The network in the fine geometry: a fine model tested on coarse input collapses, and losses on coarse input
+        are other quantities, so this is where weights are compared and used."""
+        return self.objective(self.recipe.fine_geometry, device)
+
+    @property
+    def fine_statistics(self) -> Statistics:
+        """Of the input at full resolution. Raises UserError: they were not measured."""
+        if found := self.statistics.get(self.recipe.fine_geometry.digest()):
+            return found
+        raise UserError(f"{self.origin}: no statistics of its input at full resolution")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -99,17 +162,8 @@ def load_weights(path: Path, which: Which = "auto") -> Weights:
     saved = checkpoint.load(folder)
     if which == "ema" and saved.ema is None:
         raise UserError(f"{folder} has no moving average of the weights: use weights=model")
-    state = saved.state
-    try:
-        return Weights(
-            state=saved.ema if saved.ema is not None and which != "model" else saved.model,
-            geometry=Geometry(**state["geometry"]), origin=str(folder),
-            statistics={digest: Statistics(**values) for digest, values in state["statistics"].items()},
-            options=state["options"], classes=tuple(state["classes"]), step=state["step"],
-            source=state.get("source", {}),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'state.json'} is not of this version of ssl_c2f ({error})") from None
+    tensors = saved.ema if saved.ema is not None and which != "model" else saved.model
+    return Weights(**vars(CheckpointState.read(saved.state, folder)), tensors=tensors, origin=str(folder))
 
 
 def initial_weights(name: str) -> Weights:
@@ -141,18 +195,6 @@ def _from_timm(name: str) -> Weights:
     heads: list[Any] = [module.num_heads for module in model.modules() if hasattr(module, "num_heads")]
     options = ImportOptions(heads=heads[0] if heads else None)
     return _imported(model.state_dict(), f"init={name}", Path(name), options)[0]
-
-
-def run_options(weights: Weights) -> RunOptions:
-    """The options that made the weights; the phases are not theirs."""
-    return RunOptions.model_validate({**weights.options, "phases": [{"name": "any", "steps": 1}]}, strict=False)
-
-
-def rebuild(weights: Weights, device: torch.device | str = "cpu") -> Objective:
-    """The objective that was trained, in the geometry that it was trained in, ready for inference."""
-    objective = run_options(weights).build(weights.geometry, len(weights.classes))
-    objective.load_state_dict(weights.state)
-    return objective.to(device).eval()
 
 
 class ImportOptions(Options):
@@ -223,48 +265,46 @@ def _as_weights(
     rate = options.sample_rate or extractor.get("sampling_rate", 16000)
     frames = found.patch[1] + (found.grid[1] - 1) * found.stride[1]
     samples = (frames - 1) * int(0.010 * rate) + int(0.025 * rate)
-    state = dict(found.state)
-    num_classes = len(state["head.classifier.bias"]) if "head.classifier.bias" in state else 0
+    tensors = dict(found.state)
+    num_classes = len(tensors["head.classifier.bias"]) if "head.classifier.bias" in tensors else 0
     objective: dict[str, Any] = {"name": "supervised", "head": "ast" if num_classes else "mean_pool"}
     if num_classes:
         multi = config.get("problem_type") == "multi_label_classification" or num_classes == 527
         objective["labels"] = "multi" if (multi if options.several is None else options.several) else "single"
-    if "mask_token" in state:
+    if "mask_token" in tensors:
         objective = {"name": "ssast"}
-    hidden, width = state["encoder.blocks.0.mlp.fc1.weight"].shape
+    hidden, width = tensors["encoder.blocks.0.mlp.fc1.weight"].shape
+    depth = len({name.split(".")[2] for name in tensors if name.startswith("encoder.blocks.")})
     model = {
-        "width": width, "depth": len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")}),
-        "heads": found.heads, "mlp_ratio": hidden / width, "patch_f": found.patch[0], "patch_t": found.patch[1],
-        "stride_f": found.stride[0], "stride_t": found.stride[1], "positions": "learned",
-        "class_tokens": state["encoder.cls_token"].shape[1],
+        "width": width, "depth": depth, "heads": found.heads, "mlp_ratio": hidden / width,
+        "patch_f": found.patch[0], "patch_t": found.patch[1], "stride_f": found.stride[0], "stride_t": found.stride[1],
+        "positions": "learned", "class_tokens": tensors["encoder.cls_token"].shape[1],
     }
-    weights = Weights(
-        state, Geometry(0, 0, 0, 0, 0, 0.0, 0.0, 0, 1, "none", 1, 1, 1, 1, 1, 1, 1), str(file),
-        options={
-            "audio": {"sample_rate": rate, "clip_seconds": samples / rate, "num_mels": found.num_mels},
-            "compression": "frame_shift", "model": model, "objective": objective,
-        },
-        classes=_classes(num_classes, options, config),
-        source={"kind": found.kind.name, "licence": _licence(found, file), "url": found.kind.source, "file": file.name},
-    )
-    geometry = run_options(weights).fine_geometry
-    table = sincos_positions(geometry, width)
-    if table.shape == state["encoder.positions"].shape and torch.allclose(table, state["encoder.positions"], atol=1e-5):
-        del state["encoder.positions"]
-        model["positions"] = "sincos"
+    audio = {"sample_rate": rate, "clip_seconds": samples / rate, "num_mels": found.num_mels}
+    recipe = Recipe.model_validate({"audio": audio, "model": model, "objective": objective}, strict=False)
+    geometry = recipe.fine_geometry
+    table, positions = sincos_positions(geometry, width), tensors["encoder.positions"]
+    if table.shape == positions.shape and torch.allclose(table, positions, atol=1e-5):
+        del tensors["encoder.positions"]
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"positions": "sincos"})})
         found.how["encoder.positions"] = "sine-cosine, made anew for any geometry"
     mean, std, whose = _statistics(options, extractor)
+    licence = _licence(found, file)
     eps = config.get("layer_norm_eps", 1e-12 if config else 1e-6)
     other_eps = (f"layer_norm_eps is {eps:g} in config.json and 1e-06 here",) if eps != 1e-6 else ()
     (f, t), s = found.grid, found.stride
     notes = (
-        f"{file}: {found.kind.name}, width {width}, depth {model['depth']}, {f}x{t} patches of "
+        f"{file}: {found.kind.name}, width {width}, depth {depth}, {f}x{t} patches of "
         f"{found.patch[0]}x{found.patch[1]} at stride {s[0]}x{s[1]}, {model['class_tokens']} class tokens, "
         f"{num_classes or 'no'} classes",
-        f"input: (x - {mean:g}) / (2 x {std:g}), {whose}", f"licence of the source: {weights.source['licence']}",
+        f"input: (x - {mean:g}) / (2 x {std:g}), {whose}", f"licence of the source: {licence}",
         *found.notes, *other_eps,
     )
-    return replace(weights, geometry=geometry, statistics={geometry.digest(): Statistics(mean, std, 2.0)}, notes=notes)
+    return Weights(
+        recipe=recipe, geometry=geometry, statistics={geometry.digest(): Statistics(mean, std, 2.0)},
+        classes=_classes(num_classes, options, config), tensors=tensors, origin=str(file), notes=notes,
+        source={"kind": found.kind.name, "licence": licence, "url": found.kind.source, "file": file.name},
+    )
 
 
 def _statistics(options: ImportOptions, extractor: Mapping[str, Any]) -> tuple[float, float, str]:
@@ -312,14 +352,14 @@ def _licence(found: published.Published, file: Path) -> str:
 def _check(weights: Weights, found: published.Published) -> TransferReport:
     """Every tensor of our model must be there in its shape, and none beside them."""
     with torch.random.fork_rng([]):
-        target = run_options(weights).build(weights.geometry, len(weights.classes)).state_dict()
+        target = weights.recipe.build(weights.geometry, len(weights.classes)).state_dict()
     for name, tensor in target.items():
-        if name not in weights.state:
+        if name not in weights.tensors:
             raise UserError(f"{found.kind.name}: nothing in it becomes our {name}")
-        if tensor.shape != weights.state[name].shape:
-            there, ours = tuple(weights.state[name].shape), tuple(tensor.shape)
+        if tensor.shape != weights.tensors[name].shape:
+            there, ours = tuple(weights.tensors[name].shape), tuple(tensor.shape)
             raise UserError(f"{found.kind.name}: {name} has {there}, our model {ours}")
-    if beside := next((name for name in weights.state if name not in target), None):
+    if beside := next((name for name in weights.tensors if name not in target), None):
         raise UserError(f"{found.kind.name}: our model has no {beside}")
     moved = [Moved(name, "copied", found.how.get(name, "")) for name in target]
     moved += [Moved(name, "dropped", str(tuple(tensor.shape))) for name, tensor in found.dropped.items()]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries, make_geometry
-from ssl_c2f.data.front_end import Masking
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.masks import num_masked
 from ssl_c2f.models.decoder import decoder_cost
 from ssl_c2f.models.encoder import EncoderOptions

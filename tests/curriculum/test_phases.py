@@ -9,11 +9,10 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from phase_lists import NUM_CLIPS, phase_list
 from pydantic import ValidationError
 
-from ssl_c2f.curriculum.phases import LENGTHS, Curriculum, PhaseOptions, Place, learning_rate, make_curriculum
-
-NUM_CLIPS = 40
+from ssl_c2f.curriculum.phases import LENGTHS, PhaseOptions, learning_rate
 
 options = st.builds(
     PhaseOptions,
@@ -27,43 +26,42 @@ options = st.builds(
 runs = st.lists(options, min_size=1, max_size=4)
 
 
-def curriculum(phases: list[PhaseOptions], flops: float = 1.0) -> Curriculum:
-    costs = [flops] * len(phases)
-    return make_curriculum(
-        phases, num_clips=NUM_CLIPS, lr=1e-3, min_lr_ratio=0.1, mask_ratio=0.75, mask_shape="uniform",
-        flops_per_clip=costs,
-    )
+@given(runs)
+def test_every_step_stands_in_exactly_one_phase(phases: list[PhaseOptions]) -> None:
+    run = phase_list(phases)
+    places = [run.lookup(step) for step in range(run.steps + 1)]
+    assert run.steps == sum(phase.steps or 0 for phase in phases)
+    for step, (phase, t, _) in enumerate(places[:-1]):
+        assert [phase] == [p for p in run.phases if p.first_step <= step < p.last_step]
+        assert t == (step - phase.first_step) / phase.steps < 1
+    assert places[-1] == (run.phases[-1], 1.0, 1.0) and run.phases[-1].index == len(phases) - 1
+    assert places[0] == (run.phases[0], 0.0, 0.0)
+    for (before, t, u), (after, later_t, later_u) in pairwise(places):
+        assert after.index - before.index in (0, 1) and later_u > u
+        assert later_t == 0 if after.index > before.index else later_t > t
 
 
 @given(runs)
-def test_every_step_stands_in_exactly_one_phase(phases: list[PhaseOptions]) -> None:
-    run = curriculum(phases)
-    places = [run.lookup(step) for step in range(run.steps + 1)]
-    assert run.steps == sum(phase.steps or 0 for phase in phases)
-    for step, place in enumerate(places[:-1]):
-        inside = [p.index for p in run.phases if p.first_step <= step < p.last_step]
-        assert inside == [place.index] == [place.phase.index]
-        assert place.t == (step - place.phase.first_step) / place.phase.steps < 1
-    assert (places[-1].index, places[-1].t, places[-1].u) == (len(phases) - 1, 1.0, 1.0)
-    assert (places[0].t, places[0].u) == (0.0, 0.0)
-    for before, after in pairwise(places):
-        assert after.index - before.index in (0, 1) and after.u > before.u
-        assert after.t == 0 if after.index > before.index else after.t > before.t
+def test_counters_add_up_what_each_step_costs(phases: list[PhaseOptions]) -> None:
+    run, clips = phase_list(phases, flops=3.0), 0
+    for step in range(run.steps + 1):
+        assert run.counters(step) == {"samples": clips, "tokens": 7 * clips, "flops": 3.0 * clips}
+        clips += run.lookup(step)[0].batch_size
 
 
 @given(runs)
 def test_samples_count_the_batches_before_a_step(phases: list[PhaseOptions]) -> None:
-    run, seen = curriculum(phases), 0
+    run, seen = phase_list(phases), 0
     for step in range(run.steps):
         assert run.samples(step) == seen
-        seen += run.lookup(step).phase.batch_size
+        seen += run.lookup(step)[0].batch_size
     assert run.samples(run.steps) == seen
 
 
 @pytest.mark.parametrize("step", [-1, 8])
 def test_steps_outside_of_the_run_are_refused(step: int) -> None:
     with pytest.raises(ValueError, match=f"step {step} is outside of the run's 7 steps"):
-        curriculum([PhaseOptions(name="a", steps=4), PhaseOptions(name="b", steps=3)]).lookup(step)
+        phase_list([PhaseOptions(name="a", steps=4), PhaseOptions(name="b", steps=3)]).lookup(step)
 
 
 @given(
@@ -72,9 +70,9 @@ def test_steps_outside_of_the_run_are_refused(step: int) -> None:
 def test_the_learning_rate_warms_up_and_falls_without_jumps(
     phase: PhaseOptions, floor: float | None, schedule: Literal["cosine", "constant"]
 ) -> None:
-    run = curriculum([phase.model_copy(update={"min_lr_ratio": floor})])
+    run = phase_list([phase.model_copy(update={"min_lr_ratio": floor})])
     (only,) = run.phases
-    rates = [learning_rate(run.lookup(step), schedule) for step in range(run.steps + 1)]
+    rates = [learning_rate(*run.lookup(step)[:2], schedule) for step in range(run.steps + 1)]
     peak, warmup = phase.lr or 1e-3, only.warmup_steps
     assert warmup == min(phase.warmup_steps or 0, only.steps)
     assert max(rates) == pytest.approx(peak)
@@ -90,15 +88,15 @@ def test_the_learning_rate_warms_up_and_falls_without_jumps(
 
 @given(runs)
 def test_the_learning_rate_restarts_with_every_phase(phases: list[PhaseOptions]) -> None:
-    run = curriculum(phases)
-    alone = [curriculum([phase]) for phase in phases]
-    expected = [learning_rate(a.lookup(step)) for a in alone for step in range(a.steps)]
-    assert [learning_rate(run.lookup(step)) for step in range(run.steps)] == pytest.approx(expected)
+    run = phase_list(phases)
+    alone = [phase_list([phase]) for phase in phases]
+    expected = [learning_rate(*a.lookup(step)[:2]) for a in alone for step in range(a.steps)]
+    assert [learning_rate(*run.lookup(step)[:2]) for step in range(run.steps)] == pytest.approx(expected)
 
 
 def test_a_cosine_halfway_down() -> None:
-    (phase,) = curriculum([PhaseOptions(name="a", steps=110, warmup_steps=10, lr=1.0, min_lr_ratio=0.2)]).phases
-    assert learning_rate(Place(0, phase, 60 / 110, 0.0)) == pytest.approx(0.6)
+    (phase,) = phase_list([PhaseOptions(name="a", steps=110, warmup_steps=10, lr=1.0, min_lr_ratio=0.2)]).phases
+    assert learning_rate(phase, 60 / 110) == pytest.approx(0.6)
 
 
 @given(batches=st.integers(1, 50), batch_size=st.integers(1, 20), flops=st.floats(1, 1e12))
@@ -109,23 +107,23 @@ def test_one_length_in_four_measures(batches: int, batch_size: int, flops: float
     }
     assert tuple(lengths) == LENGTHS
     for measure, length in lengths.items():
-        run = curriculum([PhaseOptions(name="a", batch_size=batch_size, **{measure: length})], flops)
+        run = phase_list([PhaseOptions(name="a", batch_size=batch_size, **{measure: length})], flops)
         assert run.steps == batches, measure
         assert run.samples(run.steps) == clips
 
 
 @pytest.mark.parametrize("length", [{"epochs": 1e-6}, {"samples": 1}, {"flops": 1e-3}])
 def test_no_phase_is_empty(length: dict[str, Any]) -> None:
-    assert curriculum([PhaseOptions(name="a", batch_size=8, **length)]).steps == 1
+    assert phase_list([PhaseOptions(name="a", batch_size=8, **length)]).steps == 1
 
 
 def test_what_a_phase_leaves_out_is_the_runs() -> None:
-    bare, full = curriculum([
+    bare, full = phase_list([
         PhaseOptions(name="a", epochs=2, batch_size=10, warmup_epochs=0.5),
-        PhaseOptions(name="b", epochs=1, lr=2.0, mask_ratio=0.5, mask_shape="time", time_factor=4, warmup_steps=3),
+        PhaseOptions(name="b", epochs=1, lr=2.0, min_lr_ratio=0.0, warmup_steps=3),
     ]).phases
-    assert (bare.lr, bare.mask_ratio, bare.mask_shape, bare.warmup_steps, bare.steps) == (1e-3, 0.75, "uniform", 2, 8)
-    assert (full.lr, full.mask_ratio, full.mask_shape, full.warmup_steps, full.time_factor) == (2.0, 0.5, "time", 1, 4)
+    assert (bare.lr, bare.min_lr_ratio, bare.warmup_steps, bare.steps) == (1e-3, 0.1, 2, 8)
+    assert (full.lr, full.min_lr_ratio, full.warmup_steps, full.steps) == (2.0, 0.0, 1, 1)
     assert (full.index, full.name, full.first_step, full.first_sample) == (1, "b", 8, 80)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ssl_c2f.core import draws
 from ssl_c2f.curriculum.compress import pool_time
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometry
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.augment import AugmentOptions, mixup_share, spec_augment
-from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Masking, Statistics
+from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Statistics
 from ssl_c2f.data.masks import num_masked
 from ssl_c2f.models.patches import patchify
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ssl_c2f.core import draws
-from ssl_c2f.data.masks import Mask, MaskOptions, Shape, _spread, draw_mask, num_masked
+from ssl_c2f.curriculum.phases import Shape
+from ssl_c2f.data.masks import Mask, MaskOptions, _spread, draw_mask, num_masked
 
 SHAPES = get_args(Shape)
 GRIDS = [(8, 16), *(pytest.param(grid, marks=pytest.mark.slow) for grid in [(8, 64), (1, 512)])]

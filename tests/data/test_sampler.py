@@ -7,8 +7,9 @@ from itertools import islice
 
 from hypothesis import given
 from hypothesis import strategies as st
+from phase_lists import phase_list
 
-from ssl_c2f.curriculum.phases import Curriculum, PhaseOptions, make_curriculum
+from ssl_c2f.curriculum.phases import Curriculum, PhaseOptions
 from ssl_c2f.data.sampler import clip_at, micro_batches, positions
 
 seeds = st.integers(0, 2**31)
@@ -18,11 +19,7 @@ worlds = st.sampled_from([1, 2, 3, 4, 6])
 
 def curriculum(phases: list[tuple[int, int]]) -> Curriculum:
     """Of (steps, batch size of twelfths): every world size divides it."""
-    options = [PhaseOptions(name="any", steps=steps, batch_size=12 * size) for steps, size in phases]
-    return make_curriculum(
-        options, num_clips=10, lr=1.0, min_lr_ratio=0.0, mask_ratio=0.5, mask_shape="uniform",
-        flops_per_clip=[1.0] * len(options),
-    )
+    return phase_list([PhaseOptions(name="any", steps=steps, batch_size=12 * size) for steps, size in phases])
 
 
 runs = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=3).map(curriculum)
@@ -65,7 +62,7 @@ def test_ranks_share_the_global_batch(run: Curriculum, world: int, limit: int | 
     """The samples of a step are the same for any number of devices, each is seen once, and none is left out."""
     streams = [positions(run, 0, run.steps, rank, world, limit) for rank in range(world)]
     for step in range(run.steps):
-        batch_size = run.lookup(step).phase.batch_size
+        batch_size = run.lookup(step)[0].batch_size
         sizes = micro_batches(batch_size // world, limit)
         seen: list[int] = []
         for stream in streams:

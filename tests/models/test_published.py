@@ -24,8 +24,9 @@ from ssl_c2f.data.masks import Mask
 from ssl_c2f.models import published
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.objectives import Objective
+from ssl_c2f.objectives.ssast import SSASTOptions
 from ssl_c2f.tasks.export import export
-from ssl_c2f.train.weights import ImportOptions, Weights, import_published, load_weights, rebuild
+from ssl_c2f.train.weights import ImportOptions, Weights, import_published, load_weights
 
 SMALL = ImportOptions(num_mels=foreign.MELS)
 TINY = {"AudioMAE": foreign.audiomae, "AST": foreign.ast, "SSAST": foreign.ssast, "timm ViT": foreign.image}
@@ -36,7 +37,7 @@ def converted(state: Any, folder: Path, *words: str) -> tuple[Objective, Weights
     torch.save(state, folder / "published.pth")
     assert cli.main(["convert", str(folder / "published.pth"), "--out", str(folder / "ours"), *words]) == 0
     weights = load_weights(folder / "ours")
-    return rebuild(weights), weights
+    return weights.objective(), weights
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -56,9 +57,9 @@ def test_ssast_as_published(tmp_path: Path) -> None:
     assert model.encoder.num_prefix == 2 and weights.geometry.grid == (8, 64)
     assert relative(tokens[:, 2:].mean(1), case["avgtok"]) < 1e-5
     assert relative(tokens[:, :2].mean(1), case["cls"]) < 1e-5
-    published_losses = {"name": "ssast", "passes": "two", "softmax": "predictions"}
-    options = {**weights.options, "objective": published_losses}
-    as_published = rebuild(dataclasses.replace(weights, options=options))
+    published_losses = SSASTOptions(passes="two", softmax="predictions")
+    recipe = weights.recipe.model_copy(update={"objective": published_losses})
+    as_published = dataclasses.replace(weights, recipe=recipe).objective()
     result = as_published(batch_of(case, weights))
     for name, own in (("nce", "nce"), ("mse", "mse"), ("accuracy", "nce_accuracy")):
         assert relative(result.metrics[own], case[name]) < 1e-5, name
@@ -136,10 +137,10 @@ def test_an_image_becomes_a_spectrogram(tmp_path: Path) -> None:
     state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], (rows + columns).flatten(1, 2)], 1)
     _, weights = converted(state, tmp_path, f"num_mels={foreign.MELS}", "frames=160")
     assert weights.geometry.grid == (2, 10) and not weights.classes
-    table = weights.state["encoder.positions"].view(2, 10, -1)[..., 0]
+    table = weights.tensors["encoder.positions"].view(2, 10, -1)[..., 0]
     assert torch.allclose(table[1] - table[0], torch.tensor(10.0)) and torch.allclose(table.mean(), torch.tensor(16.5))
     assert (table.diff(dim=1) >= 0).all() and table[0, 0] == 10 and table[0, -1] == 13
-    kernel = weights.state["encoder.patch_embed.weight"]
+    kernel = weights.tensors["encoder.patch_embed.weight"]
     assert torch.equal(kernel, state["patch_embed.proj.weight"].sum(1).flatten(1))
 
 
@@ -305,7 +306,7 @@ def test_statistics_licence_and_names_travel(tmp_path: Path, capsys: pytest.Capt
     torch.save(foreign.ast(), tmp_path / "ast.pth")
     given = SMALL.model_copy(update={"mean": -5.0, "std": 3.0, "labels": str(names), "several": True})
     weights, _ = import_published(tmp_path / "ast.pth", given)
-    assert weights.classes == ("cat", "dog", "owl") and weights.options["objective"]["labels"] == "multi"
+    assert weights.classes == ("cat", "dog", "owl") and weights.recipe.objective.labels == "multi"
     assert [*weights.statistics.values()] == [Statistics(-5.0, 3.0, 2.0)]
     names.write_text("cat\n")
     with pytest.raises(UserError, match="1 names, but the weights have 3"):
@@ -337,7 +338,7 @@ def test_guessed_heads_are_said(tmp_path: Path) -> None:
     weights, _ = import_published(tmp_path / "ast.pth", SMALL)
     assert any("heads 1 taken, which the file does not say" in line for line in weights.notes)
     weights, _ = import_published(tmp_path / "ast.pth", SMALL.model_copy(update={"heads": 4}))
-    assert weights.options["model"]["heads"] == 4 and not any("heads 4" in line for line in weights.notes)
+    assert weights.recipe.model.heads == 4 and not any("heads 4" in line for line in weights.notes)
 
 
 def test_what_transformers_does_not_normalise_we_do_not_either(tmp_path: Path) -> None:

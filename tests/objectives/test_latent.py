@@ -37,7 +37,7 @@ from ssl_c2f.objectives.latent import Latent, LatentOptions, instance_norm, spre
 from ssl_c2f.objectives.mae import MAE, MAEOptions
 from ssl_c2f.train import optim
 
-VIEWS = replace(MASKING, shape="inverse_block", views=3)
+VIEWS = replace(MASKING, shape="inverse_block", num_masks=3)
 LEARNED = MODEL.model_copy(update={"positions": "learned"})
 SMALL: dict[str, Any] = {"views": 3, "decoder_width": 8, "decoder_depth": 2, "decoder_groups": 2}
 
@@ -52,7 +52,7 @@ def latent(geometry: Geometry = GEOMETRY, model: ViTOptions = MODEL, **options: 
 
 
 def seen(num_samples: list[int], geometry: Geometry = GEOMETRY, views: int = 3) -> Batch:
-    return batch_of(sounds(num_samples), replace(VIEWS, views=views), geometry)
+    return batch_of(sounds(num_samples), replace(VIEWS, num_masks=views), geometry)
 
 
 # --- the teacher

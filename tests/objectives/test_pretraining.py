@@ -19,7 +19,8 @@ from ssl_c2f.objectives.latent import spread_of
 from ssl_c2f.tasks import config
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.state import Run
-from ssl_c2f.train.validate import at_full_resolution, validate
+from ssl_c2f.train.validate import validate
+from ssl_c2f.train.weights import load_weights
 
 COMPRESSIONS = ("frame_shift", "pool_mean", "patch")
 SMALL = {
@@ -139,8 +140,7 @@ def test_latent_prediction_does_not_collapse(compression: str, tmp_path: Path) -
     spread = [line["std_of_l2_normalized"] for line in lines]
     print(f"{compression}: spread {spread[0]:.4f}, at the end {sum(spread[-20:]) / 20:.4f}")
     job = open_job(o, tmp_path / "run")
-    saved = checkpoint.load(checkpoints(tmp_path / "run")[-1])
-    trained = at_full_resolution(o, saved.model, o.geometries[-1], job.corpus.num_classes, torch.device("cpu"))
+    trained = load_weights(checkpoints(tmp_path / "run")[-1], "model").at_full_resolution()
     found, random = measured(trained, job), [measured(untrained(job, seed), job) for seed in range(3)]
     print(f"{compression}: (spread, kNN accuracy) {found}, of random encoders {random}")
     assert sum(spread[-20:]) / 20 > 0.5 * spread[0]

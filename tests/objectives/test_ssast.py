@@ -35,7 +35,7 @@ from ssl_c2f.models.patches import patchify
 from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.ssast import SSAST, Softmax, SSASTOptions, match, squared_error, take
 
-TWO = replace(MASKING, views=2)
+TWO = replace(MASKING, num_masks=2)
 each_passes = pytest.mark.parametrize("passes", ["one", "two"])
 each_softmax = pytest.mark.parametrize("softmax", ["targets", "predictions"])
 

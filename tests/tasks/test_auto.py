@@ -49,7 +49,7 @@ def test_a_run_is_saved_and_loaded_as_the_hub_does(kind: str, tmp_path: Path, re
         assert torch.equal(ssl_c2f.create_model(tmp_path / "saved")(waveform), found)
     assert found.shape == (2, 3 if kind == "classifier" else 16)
     before, after = load_weights(run), load_weights(tmp_path / "saved")  # what --ckpt makes of it
-    assert all(torch.equal(before.state[name], after.state[name]) for name in before.state)
+    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
     assert before.statistics == after.statistics and before.classes == after.classes
 
 

@@ -20,7 +20,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items, Statistics
 from ssl_c2f.models.patches import patchify
 from ssl_c2f.tasks.export import export
-from ssl_c2f.train.weights import ImportOptions, Weights, import_published, load_weights, rebuild
+from ssl_c2f.train.weights import ImportOptions, Weights, import_published, load_weights
 
 needs_transformers = pytest.mark.skipif(
     not importlib.util.find_spec("transformers"), reason="no transformers: pip install ssl_c2f[dev]"
@@ -53,7 +53,7 @@ def logits(weights: Weights, waveform: Tensor) -> Tensor:
     count, rows = torch.full((len(waveform),), waveform.shape[1]), torch.arange(len(waveform))
     batch = FrontEnd(weights.geometry, statistics)(Items(waveform, count, rows, rows, torch.zeros(len(waveform), 0)))
     with torch.no_grad():
-        found: Tensor = rebuild(weights).logits(batch)  # type: ignore[union-attr, operator]
+        found: Tensor = weights.objective().logits(batch)  # type: ignore[union-attr, operator]
     return found
 
 
@@ -69,7 +69,7 @@ def test_a_model_in_python_normalises_as_its_weights_say(tiny_ast: Path) -> None
 
 
 def same(a: Weights, b: Weights) -> bool:
-    return set(a.state) == set(b.state) and all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+    return set(a.tensors) == set(b.tensors) and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
 def test_out_to_transformers_and_back_is_bit_equal(tiny_ast: Path, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_out_to_transformers_and_back_is_bit_equal(tiny_ast: Path, tmp_path: Pat
     before, after = load_weights(tiny_ast), load_weights(tmp_path / "hf")
     assert same(before, after) and after.classes == ("cat", "dog", "owl")
     assert after.geometry == before.geometry and after.statistics == before.statistics
-    assert after.options == before.options and after.options["objective"]["labels"] == "multi"
+    assert after.recipe == before.recipe and after.recipe.objective.labels == "multi"
     assert after.source["licence"] == before.source["licence"] and (tmp_path / "hf/NOTICE").exists()
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["layer_norm_eps"] == 1e-6 and config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
@@ -140,12 +140,12 @@ def test_an_own_model_is_cut_to_whole_patches_for_transformers(sounds: Path, tmp
     model = ASTForAudioClassification.from_pretrained(tmp_path / "hf").eval()
     extractor = ASTFeatureExtractor.from_pretrained(tmp_path / "hf")
     back = load_weights(tmp_path / "hf")
-    assert "encoder.positions" not in back.state  # recognised as sine-cosine
+    assert "encoder.positions" not in back.tensors  # recognised as sine-cosine
     assert back.geometry.columns == weights.geometry.columns - 1
     waveform = 0.1 * torch.randn(2, weights.geometry.clip_samples)
     given = extractor([row.numpy() for row in waveform], sampling_rate=16000, return_tensors="pt")
     (statistics,) = weights.statistics.values()
-    cut = replace(weights, geometry=back.geometry, options=back.options, statistics={"": statistics})
+    cut = replace(weights, geometry=back.geometry, recipe=back.recipe, statistics={"": statistics})
     with torch.no_grad():
         torch.testing.assert_close(
             model(**given).logits, logits(cut, waveform[:, : back.geometry.clip_samples]), rtol=0, atol=1e-4
@@ -188,7 +188,7 @@ def test_an_encoder_as_safetensors(autoencoder: Path, tmp_path: Path) -> None:
     assert cli.main(["export", str(autoencoder), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 0
     tensors = load_file(tmp_path / "out/encoder.safetensors")
     facts = json.loads((tmp_path / "out/encoder.json").read_text())
-    model = rebuild(load_weights(autoencoder))
+    model = load_weights(autoencoder).objective()
     wanted = dict(model.encoder.state_dict()) | {"positions": model.encoder.positions}
     assert set(tensors) == set(wanted) and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     assert facts["geometry"] == load_weights(autoencoder).geometry.to_dict() and facts["statistics"]["std"] > 0
@@ -206,7 +206,7 @@ def test_onnx_agrees_at_any_length_and_batch(kind: str, tmp_path: Path, request:
     export(ckpt, "onnx", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx/model.onnx"))
     weights = load_weights(ckpt)
-    g, model = weights.geometry, rebuild(weights)
+    g, model = weights.geometry, weights.objective()
     (statistics,) = weights.statistics.values()
     whole = g.frames(g.clip_samples)
     for frames, clips in ((whole, 1), (whole // 2 + 1, 3), (g.patch_t, 2)):

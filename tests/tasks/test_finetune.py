@@ -42,7 +42,7 @@ def tune(ckpt: Path, o: FinetuneOptions) -> tuple[list[set[int]], dict[str, bool
 
     with before(Supervised, look):
         finetune(ckpt, o)
-    pretrained = load_weights(ckpt).state
+    pretrained = load_weights(ckpt).tensors
     return seen, {name: first[name].equal(pretrained[name]) for name in first if name.startswith("encoder.")}
 
 

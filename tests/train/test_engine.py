@@ -27,7 +27,8 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Interrupted, Stop
 from ssl_c2f.models.vit import ViT
 from ssl_c2f.train import engine
-from ssl_c2f.train.validate import at_full_resolution, validate
+from ssl_c2f.train.state import prepare, snapshot
+from ssl_c2f.train.validate import validate
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,9 @@ def test_an_interrupted_run_says_where_it_stands(sounds: Path, tmp_path: Path) -
 def test_rehearsal_changes_nothing(sounds: Path, straight: Path, tmp_path: Path) -> None:
     o = run_options(sounds)
     job = open_job(o, tmp_path / "job")
-    before = [torch.get_rng_state(), np.random.get_state()[1], random.getstate(), job.counters(5)]  # type: ignore[index]
+    before = [torch.get_rng_state(), np.random.get_state()[1], random.getstate(), job.curriculum.counters(5)]  # type: ignore[index]
     engine.rehearse(job, job.curriculum.phases)
-    after = [torch.get_rng_state(), np.random.get_state()[1], random.getstate(), job.counters(5)]  # type: ignore[index]
+    after = [torch.get_rng_state(), np.random.get_state()[1], random.getstate(), job.curriculum.counters(5)]  # type: ignore[index]
     assert all(np.array_equal(x, y) for x, y in zip(before[:2], after[:2], strict=True)) and before[2:] == after[2:]  # type: ignore[arg-type]
     assert not list((tmp_path / "job").glob("phases/*"))
     run = go(run_options(sounds, "train.rehearse=true"), tmp_path / "run")
@@ -226,11 +227,11 @@ def test_validation_is_at_full_resolution_and_changes_nothing(compression: str, 
 def test_validation_repeats_and_leaves_the_generators_alone(sounds: Path, tmp_path: Path) -> None:
     o = run_options(sounds)
     job = open_job(o, tmp_path)
-    state, geometry = engine.build(job, job.curriculum.phases[0]).state_dict(), o.geometries[0]
+    weights_before = snapshot(job, prepare(job, job.curriculum.phases[0]))
     before, device = torch.get_rng_state(), torch.device("cpu")
     results = []
     for _ in range(2):
-        fine = at_full_resolution(o, state, geometry, job.corpus.num_classes, device)
+        fine = weights_before.at_full_resolution(device)
         results.append(validate(fine, o, job.runner(o.fine_geometry)))
     assert results[0] == results[1] and torch.get_rng_state().equal(before)
 
@@ -243,7 +244,7 @@ def test_axes_depend_on_the_step_alone(sounds: Path, tmp_path: Path) -> None:
     job = open_job(o, tmp_path)
     go(o, tmp_path)
     for record in records(tmp_path):
-        assert {key: record[key] for key in ("samples", "tokens", "flops")} == job.counters(record["step"])
+        assert {key: record[key] for key in ("samples", "tokens", "flops")} == job.curriculum.counters(record["step"])
     last, plan = records(tmp_path)[-1], json.loads((tmp_path / "plan.json").read_text())
     assert last["samples"] == 2 * (6 + 8 + 8)
     assert last["tokens"] == sum(phase["clips"] * phase["kept"] for phase in plan["phases"])

@@ -14,7 +14,7 @@ from paths import ROOT
 
 from ssl_c2f import cli
 from ssl_c2f.core import checkpoint
-from ssl_c2f.train.weights import find_checkpoint, initial_weights, load_weights, rebuild
+from ssl_c2f.train.weights import find_checkpoint, initial_weights, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,11 @@ def test_heads_are_those_of_timms_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     weights = initial_weights("test_vit")
-    model = weights.options["model"]
-    assert (model["width"], model["depth"], model["heads"]) == (64, 6, 2) and weights.statistics == {}
-    assert torch.equal(weights.state["encoder.blocks.5.mlp.fc2.weight"], theirs.state_dict()["blocks.5.mlp.fc2.weight"])
-    block, tokens = rebuild(weights).encoder.blocks[3], torch.randn(2, 9, 64)
+    model = weights.recipe.model
+    assert (model.width, model.depth, model.heads) == (64, 6, 2) and weights.statistics == {}
+    name = "blocks.5.mlp.fc2.weight"
+    assert torch.equal(weights.tensors[f"encoder.{name}"], theirs.state_dict()[name])
+    block, tokens = weights.objective().encoder.blocks[3], torch.randn(2, 9, 64)
     torch.testing.assert_close(block(tokens), theirs.eval().blocks[3](tokens))
 
 

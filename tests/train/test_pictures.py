@@ -16,8 +16,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from tiny_runs import run_options
 
+from ssl_c2f.curriculum.phases import Masking
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.front_end import Batch, Masking
+from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective

@@ -16,7 +16,8 @@ from ssl_c2f.data.front_end import Batch
 from ssl_c2f.models.vit import ViT
 from ssl_c2f.objectives.mae import MAE
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.validate import at_full_resolution, validate
+from ssl_c2f.train.validate import validate
+from ssl_c2f.train.weights import Weights
 
 State = dict[str, Tensor]
 
@@ -166,12 +167,13 @@ def test_the_moving_average_is_what_is_validated(sounds: Path, tmp_path: Path) -
         "phases=[{name: only, steps: 2, batch_size: 8, time_factor: 2}]",
     )
     job = open_job(o, tmp_path)
-    saved, device = checkpoint.load(checkpoints(go(o, tmp_path))[0]), torch.device("cpu")
+    saved = checkpoint.load(checkpoints(go(o, tmp_path))[0])
     (record,) = (record for record in records(tmp_path) if "val/loss" in record)
 
     def loss(state: State) -> float:
-        fine = at_full_resolution(o, state, o.geometries[0], job.corpus.num_classes, device)
-        return validate(fine, o, job.runner(o.fine_geometry))["val/loss"]
+        classes = job.corpus.manifest.classes
+        weights = Weights(recipe=o, geometry=o.geometries[0], classes=classes, tensors=state, origin="")
+        return validate(weights.at_full_resolution(), o, job.runner(o.fine_geometry))["val/loss"]
 
     assert saved.ema and record["val/loss"] == pytest.approx(loss(saved.ema), rel=1e-6)
     assert abs(loss(saved.model) / record["val/loss"] - 1) > 1e-3

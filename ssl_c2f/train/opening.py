@@ -1,0 +1,100 @@
+"""Opening a run: a new folder, or one that is gone on with, and then only with what may be gone on with.
+
+All that can be known to be wrong before the first step is found here, in one line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssl_c2f.core import distributed
+from ssl_c2f.core import options as option_files
+from ssl_c2f.core.files import read_json, write_json, write_text
+from ssl_c2f.core.options import UserError
+from ssl_c2f.core.run_folder import RunFolder
+from ssl_c2f.core.signals import Stop
+from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.manifest import fingerprint
+from ssl_c2f.data.statistics import InputStatistics
+from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.train.recipe import RunOptions, make_plan
+from ssl_c2f.train.state import Run
+from ssl_c2f.train.weights import Weights
+
+# What may change when a run is resumed, besides added phases: where it runs and how it is watched, not what it computes
+MAY_CHANGE = (
+    "run_dir", "name", "folds", "folds.*",
+    "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
+    "train.device", "train.max_batch_per_device", "train.compile", "train.rehearse", "train.log_every",
+    "train.checkpoint_every", "train.keep", "train.max_nonfinite",
+)
+
+
+def open_run(
+    options: RunOptions, path: Path, dist: distributed.Dist, stop: Stop, initial: Weights | None,
+    statistics: InputStatistics | None, kind: str, group: str = "",
+) -> Run:
+    """Open or create a run folder, its recordings, statistics and plan.
+
+    Raises:
+        UserError: the folder holds another run, there is no audio, or the options do not fit it.
+    """
+    for phase in options.phases:
+        if phase.batch_size % dist.world:
+            raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {dist.world} devices")
+    folder, text = RunFolder(path), option_files.dump(options)
+    if dist.is_main and folder.config.exists():
+        check_options(options, folder)
+    if statistics is None:
+        opened = Corpus.open(options.data, options.seed, folder.bad_files if dist.is_main else None)
+        statistics = InputStatistics(opened, initial.statistics if initial else {}, folder)
+    corpus = statistics.corpus
+    _check_labels(options, corpus)
+    curriculum = options.curriculum(len(corpus.training), corpus.num_classes)
+    if dist.is_main:
+        RunFolder.create(path, text)
+        _check_recordings(folder, corpus)
+        write_text(folder.config, text)  # with what may change
+        plan = make_plan(options, len(corpus.training), corpus.num_classes)
+        write_json(folder.plan, plan.to_dict())
+        for geometry in {*(phase.geometry for phase in curriculum.phases), options.fine_geometry}:
+            statistics.of(geometry)
+    dist.barrier()
+    return Run(options, folder, statistics, curriculum, dist, initial, stop, kind, group or path.resolve().name)
+
+
+def check_options(options: RunOptions, folder: RunFolder) -> None:
+    """Phases may be added to a run, and some options may change.
+
+    Raises:
+        UserError: others differ from those that the run was begun with.
+    """
+    added = (f"phases.{i}.*" for i in range(folder.num_phases(), len(options.phases)))
+    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added))
+
+
+def _check_labels(options: RunOptions, corpus: Corpus) -> None:
+    if not isinstance(options.objective, SupervisedOptions):
+        return
+    clips = corpus.manifest.clips
+    unlabelled = [clips[i].path for i in corpus.training if not clips[i].labels]
+    several = [clips[i].path for i in corpus.training if len(clips[i].labels) > 1]
+    if unlabelled:
+        raise UserError(f"{len(unlabelled)} training clips have no label, the first is {unlabelled[0]}")
+    if several and options.objective.labels == "single":
+        raise UserError(f"{several[0]} has several labels: set objective.labels=multi")
+
+
+def _check_recordings(folder: RunFolder, corpus: Corpus) -> None:
+    """Refuse to resume on other recordings: the order of samples, and so the run, would be another."""
+    facts = {
+        "fingerprint": fingerprint(corpus.manifest), "clips": len(corpus.manifest.clips),
+        "training": len(corpus.training), "held_out": len(corpus.held_out), "classes": list(corpus.manifest.classes),
+    }
+    if not folder.recordings.exists():
+        write_json(folder.recordings, facts)
+    elif (before := read_json(folder.recordings)) != facts:
+        raise UserError(
+            f"the recordings changed since {folder.path} was begun ({before.get('clips')} clips then, {facts['clips']} "
+            "now): use another run_dir"
+        )
