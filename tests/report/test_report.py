@@ -32,7 +32,8 @@ def test_a_complete_run_shows_everything(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "full"))
     for wanted in (
         "full", "complete", "3 of 3", "50.0 %", "87.5 %", "70.0 to 90.0 %", "80.0, 95.0", "1 copied, 1 resized",
-        "pseudo-inverse", "ssl_c2f pretrain", "dog/1.wav", "probed on esc", "frames of 10 ms", "75% masked", "30 TFLOPs",
+        "pseudo-inverse", "ssl_c2f pretrain", "dog/1.wav", "probed on esc", "frames of 10 ms", "75% masked",
+        "30 TFLOPs",
     ):
         assert wanted in page.text, wanted
     assert "What is missing" not in page.text
