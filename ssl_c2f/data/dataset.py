@@ -65,10 +65,8 @@ def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int
         UserError: a fold that no clip has, or nothing left to train on.
     """
     everything = range(len(manifest.clips))
-    if missing := set(options.val_folds) - {clip.fold for clip in manifest.clips}:
-        raise UserError(f"data.val_folds: no clip of {manifest.root} is in fold {min(missing)}")
     if options.val_folds:
-        held_out = [i for i in everything if manifest.clips[i].fold in options.val_folds]
+        held_out = manifest.in_folds(options.val_folds, "data.val_folds")
     else:
         limit = int(options.val_fraction * 2**32)
         digests = (hashlib.sha256(os.fsencode(clip.path)).digest() for clip in manifest.clips)

@@ -1,4 +1,4 @@
-"""Which clips a data set holds: found in a folder, or listed in a CSV or JSONL file.
+"""Which recordings a data set holds: found in a folder, or listed in a CSV or JSONL file.
 
 Axes: n clips, C classes.
 """
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -71,6 +71,36 @@ class Manifest:
     def _column(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.classes)}
 
+    @cached_property
+    def folds(self) -> list[int]:
+        """The folds that there are, ascending. A clip may be in none."""
+        return sorted({clip.fold for clip in self.clips if clip.fold is not None})
+
+    def in_folds(self, folds: Collection[int], option: str) -> list[int]:
+        """Indices of the clips in these folds, which an option names.
+
+        Raises:
+            UserError: a fold that no clip is in.
+        """
+        if missing := set(folds) - set(self.folds):
+            raise UserError(f"{option}: no clip of {self.root} is in fold {min(missing)}; there are {self.folds}")
+        return [i for i, clip in enumerate(self.clips) if clip.fold in folds]
+
+    def only(self, clips: Iterable[int]) -> Manifest:
+        """The clips of these indices, and the classes that they have.
+
+        Raises:
+            UserError: there are none.
+        """
+        chosen = tuple(self.clips[i] for i in clips)
+        if not chosen:
+            raise UserError(f"no recording of {self.root} is left to work on")
+        return replace(self, clips=chosen, classes=classes_of(chosen))
+
+
+def classes_of(clips: Iterable[Clip]) -> tuple[str, ...]:
+    return tuple(sorted({label for clip in clips for label in clip.labels}))
+
 
 def scan(root: Path, *, fold_pattern: str | None = None, progress: Progress | None = None) -> Manifest:
     """Every audio file under `root` that is not hidden. Its label is its folder's path below `root` (in `root`: none).
@@ -81,15 +111,25 @@ def scan(root: Path, *, fold_pattern: str | None = None, progress: Progress | No
     Raises:
         UserError: no such folder, no usable audio in it, or a pattern that finds no fold.
     """
+    files = audio_in(root)
+    folds = _folds([file.name for file in files], fold_pattern)
+    labels = [() if file.parent == Path() else (file.parent.as_posix(),) for file in files]
+    return checked(root, list(map(Clip, map(Path.as_posix, files), labels, folds)), progress)
+
+
+def audio_in(root: Path) -> list[Path]:
+    """The audio files under a folder that are not hidden, relative to it and sorted.
+
+    Raises:
+        UserError: no such folder, or no audio in it.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: " + ("not a folder" if root.exists() else "no such folder"))
     found = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
     files = sorted(file for file in found if not any(part.startswith(".") for part in file.parts))
     if not files:
         raise UserError(f"{root}: no audio found (looked for {', '.join(ENDINGS)})")
-    folds = _folds([file.name for file in files], fold_pattern)
-    labels = [() if file.parent == Path() else (file.parent.as_posix(),) for file in files]
-    return checked(root, list(map(Clip, map(Path.as_posix, files), labels, folds)), progress)
+    return files
 
 
 def read_manifest(file: Path, root: Path | None = None, *, progress: Progress | None = None) -> Manifest:
@@ -158,7 +198,7 @@ def _folds(names: Sequence[str], pattern: str | None) -> list[int | None]:
     return folds
 
 
-def checked(root: Path, listed: Sequence[Clip], progress: Progress | None) -> Manifest:
+def checked(root: Path, listed: Sequence[Clip], progress: Progress | None = None) -> Manifest:
     """The manifest of listed clips: bad files set apart, missing headers read (on threads: they wait for the disk).
 
     Raises:
@@ -184,9 +224,9 @@ def checked(root: Path, listed: Sequence[Clip], progress: Progress | None) -> Ma
             if progress:
                 progress(index + 1, len(listed))
     if not clips:
-        raise UserError(f"{root}: none of {len(bad)} audio files can be used; {bad[0][0]}: {bad[0][1]}")
-    classes = sorted({label for clip in clips for label in clip.labels})
-    return Manifest(root, tuple(sorted(clips, key=lambda clip: clip.path)), tuple(classes), tuple(sorted(bad)))
+        where = f"{root}: " if root.parts else ""
+        raise UserError(f"{where}none of {len(bad)} recordings can be read; {bad[0][0]}: {bad[0][1]}")
+    return Manifest(root, tuple(sorted(clips, key=lambda clip: clip.path)), classes_of(clips), tuple(sorted(bad)))
 
 
 def _is_jsonl(file: Path) -> bool:

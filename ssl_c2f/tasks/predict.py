@@ -6,8 +6,7 @@ Legend: C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import Field
@@ -16,8 +15,7 @@ from ssl_c2f.core.files import write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
 from ssl_c2f.data.dataset import DataOptions
-from ssl_c2f.data.decode import AudioError, read_header
-from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest
+from ssl_c2f.data.manifest import Clip, Manifest, audio_in, checked
 from ssl_c2f.tasks.evaluate import predicted, require_classifier
 from ssl_c2f.tasks.inference import InferenceOptions, Model, open_model, open_runner, run_windows, tell_bad
 
@@ -54,9 +52,6 @@ def predict(ckpt: Path, files: Sequence[Path], options: PredictOptions) -> list[
     model = open_model(ckpt, options)
     # Every recording is read once, so there is nothing to cache; what is skipped is never too much.
     data = DataOptions(cache_gb=0.0, workers=options.workers, max_bad_files=len(manifest.clips) + len(manifest.bad))
-    if not manifest.clips:
-        path, reason = next(iter(tell_bad(dict(manifest.bad)).items()))
-        raise UserError(f"none of {len(manifest.bad)} recordings can be read; {path}: {reason}")
     predictions = _predictions(model, manifest, data, options.timeline)
     if options.out:
         write_predictions(Path(options.out), predictions)
@@ -67,35 +62,19 @@ def predict(ckpt: Path, files: Sequence[Path], options: PredictOptions) -> list[
 
 
 def listed(files: Sequence[Path]) -> Manifest:
-    """The files, and the audio in the folders, each once. Raises UserError: a folder without audio, or nothing."""
-    found: dict[str, None] = {}
-    for file in files:
-        if not file.is_dir():
-            found[file.as_posix()] = None
-            continue
-        inside = [
-            path for path in sorted(file.rglob("*"))
-            if path.suffix.lower() in ENDINGS and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(file).parts)
-        ]
-        if not inside:
-            raise UserError(f"{file}: no audio found (looked for {', '.join(ENDINGS)})")
-        found |= {path.as_posix(): None for path in inside}
+    """The files, and the audio in the folders, each once and in this order.
+
+    Raises:
+        UserError: a folder without audio, nothing at all, or nothing that can be read.
+    """
+    found = dict.fromkeys(
+        path.as_posix() for file in files for path in ([file / i for i in audio_in(file)] if file.is_dir() else [file])
+    )
     if not found:
         raise UserError("nothing to predict: name recordings or folders")
-
-    def check(path: str) -> Clip | AudioError:
-        try:
-            return Clip(path, **read_header(path)._asdict())
-        except AudioError as error:
-            return error
-
-    with ThreadPoolExecutor(16) as pool:
-        checked = dict(zip(found, pool.map(check, found), strict=True))
-    return Manifest(
-        Path(), tuple(clip for clip in checked.values() if isinstance(clip, Clip)), (),
-        tuple((path, error.reason) for path, error in checked.items() if isinstance(error, AudioError)),
-    )
+    manifest = checked(Path(), list(map(Clip, found)))
+    order = {path: i for i, path in enumerate(found)}
+    return replace(manifest, clips=tuple(sorted(manifest.clips, key=lambda clip: order[clip.path])))
 
 
 def _predictions(model: Model, manifest: Manifest, data: DataOptions, timeline: bool) -> list[Prediction]:

@@ -125,7 +125,7 @@ def test_folders_without_audio(tmp_path: Path) -> None:
     assert message(tmp_path) == f"{tmp_path}: no audio found (looked for .wav, .flac, .ogg, .mp3)"
     (tmp_path / "a.wav").write_text("not audio")
     assert message(tmp_path / "a.wav").endswith("a.wav: not a folder")
-    assert message(tmp_path).endswith("none of 1 audio files can be used; a.wav: damaged, or not audio")
+    assert message(tmp_path).endswith("none of 1 recordings can be read; a.wav: damaged, or not audio")
 
 
 def test_lists_written_by_hand(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_lists_written_by_hand(tmp_path: Path) -> None:
         ("a.csv", "path,fold\nx.wav,1\ny.wav,one\n", "line 3: fold 'one' is not a whole number"),
         ("a.csv", "label\ndog\n", "line 2: no path"),
         ("a.csv", "path\nx.wav\nx.wav\n", "line 3: x.wav is listed twice"),
-        ("a.csv", "path\nx.wav\n", "none of 1 audio files can be used; x.wav: no such file"),
+        ("a.csv", "path\nx.wav\n", "none of 1 recordings can be read; x.wav: no such file"),
         ("a.csv", "path\n", "lists no clips"),
         ("a.csv", "", "lists no clips"),
         ("a.jsonl", '{"path": "x.wav"}\n["y.wav"]\n', "line 2: not a JSON object"),
