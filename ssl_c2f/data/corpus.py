@@ -67,6 +67,13 @@ class Corpus:
         bad.add(manifest.bad)
         return cls(manifest, *split(manifest, options), options, seed, bad)
 
+    @classmethod
+    def whole(cls, manifest: Manifest, options: DataOptions) -> Corpus:
+        """All of a manifest, nothing held out. Raises UserError: more unreadable files than data.max_bad_files."""
+        bad = BadFiles(None, options.max_bad_files)
+        bad.add(manifest.bad)
+        return cls(manifest, list(range(len(manifest.clips))), [], options, 0, bad)
+
     @property
     def num_classes(self) -> int:
         return len(self.manifest.classes)

@@ -84,6 +84,10 @@ class FrontEnd(nn.Module):
         self.statistics = statistics
         self.fbank = Fbank(g.sample_rate, g.hop, g.window, g.num_mels, g.f_min, g.f_max)
 
+    @property
+    def device(self) -> torch.device:
+        return self.fbank.hann.device
+
     def log_mel(self, audio: Tensor) -> Tensor:
         """(B, S) -> (B, T, F) before pooling."""
         spec: Tensor = self.fbank(F.pad(audio, (0, max(0, self.geometry.window - audio.shape[1]))))
@@ -109,7 +113,7 @@ class FrontEnd(nn.Module):
     @torch.no_grad()
     def forward(self, items: Items, masking: Masking | None = None, augment: AugmentOptions | None = None) -> Batch:
         """The batch on the device of this module, wherever the items are."""
-        g, items = self.geometry, items.to(self.fbank.hann.device)
+        g, items = self.geometry, items.to(self.device)
         spec, num_frames = self._input(items)
         labels = items.labels
         if items.partner is not None and items.share is not None:

@@ -77,14 +77,14 @@ class Manifest:
         return sorted({clip.fold for clip in self.clips if clip.fold is not None})
 
     def in_folds(self, folds: Collection[int], option: str) -> list[int]:
-        """Indices of the clips in these folds, which an option names.
+        """Indices of the clips in the folds that an option names; of all clips, if it names none.
 
         Raises:
             UserError: a fold that no clip is in.
         """
         if missing := set(folds) - set(self.folds):
             raise UserError(f"{option}: no clip of {self.root} is in fold {min(missing)}; there are {self.folds}")
-        return [i for i, clip in enumerate(self.clips) if clip.fold in folds]
+        return [i for i, clip in enumerate(self.clips) if not folds or clip.fold in folds]
 
     def only(self, clips: Iterable[int]) -> Manifest:
         """The clips of these indices, and the classes that they have.

@@ -11,7 +11,7 @@ from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.progress import Count, table
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries
 from ssl_c2f.data import public
-from ssl_c2f.data.corpus import BadFiles, Corpus
+from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import DataOptions, open_manifest
 from ssl_c2f.data.decode import AudioError, read_audio
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
@@ -95,8 +95,7 @@ def stats(options: DataCommandOptions) -> None:
     if found.classes:
         counts = Counter(label for clip in found.clips for label in clip.labels)
         table("labels", ("label", "clips"), counts.most_common())
-    everything = list(range(len(found.clips)))
-    corpus = Corpus(found, everything, [], options.data, 0, BadFiles(None, options.data.max_bad_files))
+    corpus = Corpus.whole(found, options.data)
     statistics = InputStatistics(corpus)
     factors = [(factor, None) for factor in options.time_factors]
     rows = []

@@ -18,7 +18,7 @@ from ssl_c2f.core.files import write_bytes, write_csv
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.models.heads import Readout
-from ssl_c2f.tasks.inference import RecordingOptions, in_folds, open_model, open_runner, run_windows, tell_bad
+from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights
 
 ENDINGS = (".npz", ".safetensors", ".csv")
 
@@ -40,20 +40,18 @@ def embed(ckpt: Path, options: EmbedOptions) -> Path:
     file = Path(options.out)
     if file.suffix not in ENDINGS:
         raise UserError(f"out: {file} should end in {', '.join(ENDINGS)}")
-    model = open_model(ckpt, options)
-    manifest = open_manifest(options.data)
-    runner = open_runner(manifest, in_folds(manifest, options.folds), options.data, model)
-    corpus = runner.corpus
-    rows = run_windows(runner, lambda batch: model.objective.embed(batch, options.readout), "embedding windows")
+    weights, everything = open_weights(ckpt, options), open_manifest(options.data)
+    recordings = everything.only(everything.in_folds(options.folds, "folds"))
+    inference = open_inference(weights, options, recordings, options.data)
+    rows = inference.run(lambda batch: inference.objective.embed(batch, options.readout), "embedding windows")
     values, index = (rows.values, rows.clip) if options.windows else rows.by_clip()
-    clips = [corpus.manifest.clips[i] for i in index.tolist()]
+    clips = [recordings.clips[i] for i in index.tolist()]
     write_features(
         file, values.numpy().astype(np.float32), [clip.path for clip in clips],
         [";".join(clip.labels) for clip in clips],
         rows.start.numpy() if options.windows else None,
-        {"checkpoint": model.weights.origin, "readout": options.readout, "resolution": options.resolution},
+        {"checkpoint": weights.origin, "readout": options.readout, "resolution": options.resolution},
     )
-    tell_bad(corpus.bad.seen)
     print(f"{len(values)} x {values.shape[1]} features of {len(set(index.tolist()))} recordings: {file}")
     return file
 

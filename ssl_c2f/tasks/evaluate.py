@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,9 @@ from ssl_c2f.core.progress import table
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.data.dataset import DataOptions, open_manifest, split
 from ssl_c2f.data.manifest import Manifest, fingerprint
-from ssl_c2f.objectives.supervised import Supervised
-from ssl_c2f.tasks.inference import (
-    Model,
-    RecordingOptions,
-    in_folds,
-    open_model,
-    open_runner,
-    run_of,
-    run_windows,
-    tell_bad,
-)
+from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights, results_of
 from ssl_c2f.train import metrics, publish
-from ssl_c2f.train.weights import Weights
+from ssl_c2f.train.weights import Weights, results_folder
 
 _MOST_COLUMNS = 20  # classes whose confusion matrix still fits a terminal
 
@@ -56,57 +47,35 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         UserError: no classifier in the checkpoint, a label that it does not know, no labelled recording to be read.
     """
-    model = open_model(ckpt, options)
-    classifier = require_classifier(model)
-    manifest = open_manifest(options.data)
-    chosen = in_folds(manifest, options.folds)
-    labelled = [i for i in chosen if manifest.clips[i].labels]
+    weights, everything = open_weights(ckpt, options, classifier=True), open_manifest(options.data)
+    chosen = everything.in_folds(options.folds, "folds")
+    labelled = [i for i in chosen if everything.clips[i].labels]
     if unlabelled := len(chosen) - len(labelled):
         print(f"without a label, and so left out: {unlabelled} of {len(chosen)} recordings")
-    _check_labels(manifest, labelled, model)
-    runner = open_runner(manifest, labelled, options.data, model, model.classes)
-    corpus = runner.corpus
-    scores, found = run_windows(runner, classifier.scores, "scoring windows").by_clip()
-    seen = seen_in_training(model.weights, manifest, labelled)
+    recordings = replace(everything.only(labelled), classes=weights.classes)
+    _check_labels(recordings)
+    inference = open_inference(weights, options, recordings, options.data)
+    scores, found = inference.run(inference.classifier.scores, "scoring windows").by_clip()
+    seen = seen_in_training(weights, everything, labelled)
     if seen:
         print(f"note: the model was trained on {seen} of these {len(labelled)} recordings")
-    name = data_name(options.data) + "".join(f"-fold-{fold}" for fold in options.folds)
-    name += "-trained" if options.resolution == "trained" else ""
-    folder = Path(options.out) if options.out else run_of(model.weights) / "evaluation" / name
-    result = write_scores(
-        folder, [corpus.manifest.clips[i].path for i in found.tolist()], scores,
-        corpus.manifest.labels(found), model.classes,
-        {
-            "checkpoint": model.weights.origin, "resolution": options.resolution, "only_folds": list(options.folds),
-            "seen_in_training": seen, "unlabelled": unlabelled, "bad_files": tell_bad(corpus.bad.seen),
-        },
-    )
+    suffix = "".join(f"-fold-{fold}" for fold in options.folds)
+    suffix += "-trained" if options.resolution == "trained" else ""
+    default = results_of(weights, "evaluation", options.data)
+    folder = Path(options.out) if options.out else default.with_name(default.name + suffix)
+    result = write_scores(folder, recordings, found, scores, {
+        "checkpoint": weights.origin, "resolution": options.resolution, "only_folds": list(options.folds),
+        "seen_in_training": seen, "unlabelled": unlabelled, "bad_files": dict(inference.bad),
+    })
     print_scores(result)
-    publish.show_scores(model.weights.origin, folder, "evaluate", result)
+    publish.show_scores(weights.origin, folder, "evaluate", result)
     print(folder)
     return result
 
 
-def require_classifier(model: Model) -> Supervised:
-    """The objective as a classifier. Raises UserError: it is none."""
-    if not isinstance(model.objective, Supervised) or not model.classes:
-        name = model.weights.recipe.objective.name
-        what = "an encoder alone" if name == "supervised" else f"of objective {name}"
-        raise UserError(
-            f"{model.weights.origin} is {what} and has no classifier: "
-            "ssl_c2f finetune makes one (ssl_c2f probe scores its features)"
-        )
-    return model.objective
-
-
-def data_name(data: DataOptions) -> str:
-    """What to call a set of recordings: its manifest's or its folder's name."""
-    return Path(data.manifest).stem if data.manifest else Path(data.root or ".").resolve().name or "recordings"
-
-
 def seen_in_training(weights: Weights, manifest: Manifest, clips: Sequence[int]) -> int:
     """How many of the clips the checkpoint's run was trained on; 0 where it was trained on another set."""
-    run = RunFolder(run_of(weights))
+    run = RunFolder(results_folder(Path(weights.origin)))
     facts = read_json(run.recordings)
     try:
         config = yaml.safe_load(run.config.read_text())
@@ -118,10 +87,11 @@ def seen_in_training(weights: Weights, manifest: Manifest, clips: Sequence[int])
     return len(set(split(manifest, data)[0]) & set(clips))
 
 
-def _check_labels(manifest: Manifest, clips: Sequence[int], model: Model) -> None:
-    for clip in (manifest.clips[i] for i in clips):
-        if unknown := set(clip.labels) - set(model.classes):
-            known = ", ".join(model.classes[:10]) + (", ..." if len(model.classes) > 10 else "")
+def _check_labels(recordings: Manifest) -> None:
+    classes = recordings.classes
+    for clip in recordings.clips:
+        if unknown := set(clip.labels) - set(classes):
+            known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
             raise UserError(f"{clip.path}: the model does not know the label {min(unknown)!r} (it knows {known})")
 
 
@@ -148,28 +118,25 @@ def summarise(scores: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[st
 
 
 def write_scores(
-    folder: Path, paths: Sequence[str], scores: Tensor, labels: Tensor, classes: Sequence[str],
-    extra: Mapping[str, Any] | None = None,
+    folder: Path, recordings: Manifest, clips: Tensor, scores: Tensor, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write scores.json (with `extra` in it) and predictions.csv; returns what scores.json holds.
 
     Args:
-        scores: (n, C) probabilities. labels: (n, C) of 0 and 1. paths: n.
+        clips: (n,) which of the recordings. scores: (n, C) their probabilities.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    result: dict[str, Any] = finite(summarise(scores, labels, classes) | dict(extra or {}))
+    classes = recordings.classes
+    result: dict[str, Any] = finite(summarise(scores, recordings.labels(clips), classes) | dict(extra))
     write_json(folder / "scores.json", result)
-    several = "accuracy" not in result
-    write_csv(
-        folder / "predictions.csv", ["path", "label", "predicted", *(f"score_{name}" for name in classes)],
-        (
-            (path, ";".join(name for name, is_so in zip(classes, row, strict=True) if is_so),
-             ";".join(predicted(score, classes, several)), *(f"{value:.6f}" for value in score))
-            for path, score, row in zip(paths, scores.tolist(), labels.tolist(), strict=True)
-        ),
-    )
+    rows = [
+        (clip.path, ";".join(name for name in classes if name in clip.labels),
+         ";".join(predicted(row, classes, "accuracy" not in result)), *(f"{value:.6f}" for value in row))
+        for clip, row in zip((recordings.clips[i] for i in clips.tolist()), scores.tolist(), strict=True)
+    ]
+    write_csv(folder / "predictions.csv", ["path", "label", "predicted", *(f"score_{name}" for name in classes)], rows)
     return result
 
 

@@ -23,10 +23,9 @@ from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
 from ssl_c2f.tasks.evaluate import print_scores, write_scores
-from ssl_c2f.tasks.inference import run_of
 from ssl_c2f.train import engine, metrics, publish
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.weights import Weights, Which, load_weights
+from ssl_c2f.train.weights import Weights, Which, load_weights, results_folder
 
 
 class FinetuneOptions(RunOptions):
@@ -66,7 +65,8 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     factor = weights.factor
     if options.statistics == "measure":
         weights = replace(weights, statistics={})
-    folder = Path(options.run_dir) if options.run_dir else RunFolder(run_of(weights)).finetuning(options.name).path
+    run = RunFolder(results_folder(Path(weights.origin)))
+    folder = Path(options.run_dir) if options.run_dir else run.finetuning(options.name).path
     check_origin(folder, weights.origin)
     is_main = distributed.init(options.train.device).is_main
     everything = Corpus.open(options.data, options.seed, RunFolder(folder).bad_files if is_main else None)
@@ -86,7 +86,7 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     if report and not scored:
         print("no score: no recording was held out (they have no folds); data.val_fraction=0.2 holds a share out")
     if scored:
-        _report(folder, everything, scored, weights, options)
+        _report(folder, everything.manifest, scored, weights, options)
     return folder
 
 
@@ -136,20 +136,17 @@ def _score(options: FinetuneOptions, path: Path, statistics: InputStatistics) ->
 
 
 def _report(
-    folder: Path, corpus: Corpus, scored: Mapping[int | None, tuple[Tensor, Tensor]], weights: Weights,
+    folder: Path, recordings: Manifest, scored: Mapping[int | None, tuple[Tensor, Tensor]], weights: Weights,
     options: FinetuneOptions,
 ) -> None:
     """Scores over all held-out clips together and per fold: printed, and in scores.json and predictions.csv."""
     if not distributed.init(options.train.device).is_main:
         return
-    labels_of = corpus.manifest.labels
-    by_fold = {fold: metrics.score(scores, labels_of(clips)) for fold, (scores, clips) in scored.items()}
+    by_fold = {fold: metrics.score(scores, recordings.labels(clips)) for fold, (scores, clips) in scored.items()}
     scores, clips = (torch.cat(parts) for parts in zip(*scored.values(), strict=True))
-    extra = {
+    result = write_scores(folder, recordings, clips, scores, {
         "checkpoint": weights.origin, "from_scratch": options.from_scratch,
         "folds": {str(fold): values for fold, values in by_fold.items() if fold is not None},
-    }
-    paths = [corpus.manifest.clips[i].path for i in clips.tolist()]
-    result = write_scores(folder, paths, scores, labels_of(clips), corpus.manifest.classes, extra)
+    })
     print_scores(result)
     publish.show_scores(weights.origin, folder, "finetune", result, options.tracking)

@@ -1,31 +1,30 @@
 """Using a checkpoint: open it, and run it over the windows that cover recordings.
 
-Legend: W windows, n clips, D values that are read off a window.
+Legend: B batch, D values that are read off a window.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_c2f.core import distributed
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.progress import Count
-from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.data.corpus import BadFiles, Corpus
+from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.runner import Rows, Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
+from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.train.weights import Weights, Which, load_weights, results_folder
 
 
@@ -54,78 +53,73 @@ class RecordingOptions(InferenceOptions):
 
 
 @dataclass(frozen=True)
-class Model:
-    """Trained weights, ready to be used in a geometry."""
+class Inference:
+    """Trained weights in a geometry, and the recordings that they are used on."""
 
-    objective: Objective
-    geometry: Geometry
     weights: Weights
-    device: torch.device
-    batch_size: int
+    objective: Objective
+    runner: Runner
+
+    def run(self, read: Callable[[Batch], Tensor], title: str) -> Rows:
+        """The values (B, D) that `read` gives for each batch of windows; what cannot be read is named on stderr.
+
+        Raises:
+            UserError: nothing can be read, or more cannot be than data.max_bad_files.
+        """
+        corpus = self.runner.corpus
+        with Count("reading recordings") as count:
+            corpus.progress = count.update
+            corpus.source(self.runner.front_end.geometry)  # fills the cache
+        with Count(title) as count:
+            rows = self.runner.run(read, corpus.training, progress=count.update)
+        for path, reason in self.bad.items():
+            print(f"skipped {path}: {reason}", file=sys.stderr)
+        if self.bad:
+            print(f"unreadable files skipped: {len(self.bad)}", file=sys.stderr)
+        return rows
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """What it tells apart; empty unless it has a classifier."""
-        return self.weights.classes if self.weights.recipe.objective.name == "supervised" else ()
+    def classifier(self) -> Supervised:
+        assert isinstance(self.objective, Supervised)
+        return self.objective
+
+    @property
+    def recordings(self) -> Manifest:
+        return self.runner.corpus.manifest
+
+    @property
+    def bad(self) -> Mapping[str, str]:
+        """Files that cannot be read: path -> reason."""
+        return self.runner.corpus.bad.seen
 
 
-def open_model(ckpt: Path, options: InferenceOptions) -> Model:
-    """Raises UserError: no such checkpoint, or no such device."""
-    weights, device = load_weights(ckpt, options.weights), distributed.init(options.device).device
-    for line in weights.notes:
-        print(line)
-    geometry = weights.geometry if options.resolution == "trained" else weights.recipe.fine_geometry
-    return Model(weights.objective(geometry, device), geometry, weights, device, options.batch_size)
-
-
-def run_of(weights: Weights) -> Path:
-    """The folder that results of a checkpoint go to (see `results_folder`)."""
-    return results_folder(Path(weights.origin))
-
-
-def in_folds(manifest: Manifest, folds: Sequence[int]) -> list[int]:
-    """The clips of these folds; all, if none is named. Raises UserError: a fold that no clip has."""
-    there = {clip.fold for clip in manifest.clips}
-    if missing := set(folds) - there:
-        known = sorted(fold for fold in there if fold is not None)
-        raise UserError(f"folds: no clip of {manifest.root} is in fold {min(missing)}; there are {known}")
-    return [i for i, clip in enumerate(manifest.clips) if not folds or clip.fold in folds]
-
-
-def open_runner(
-    manifest: Manifest, clips: Sequence[int], data: DataOptions, model: Model, classes: Sequence[str] | None = None
-) -> Runner:
-    """Reads the chosen recordings as the model needs them. Columns of labels are `classes`, by default their own.
+def open_weights(ckpt: Path, options: InferenceOptions, *, classifier: bool = False) -> Weights:
+    """The weights, with what there is to say about them printed.
 
     Raises:
-        UserError: none is chosen, or more unreadable files than data.max_bad_files.
+        UserError: no such checkpoint, or no `classifier` in it though one is needed.
     """
-    if not clips:
-        raise UserError(f"no recording of {manifest.root} is left to work on")
-    chosen = tuple(manifest.clips[i] for i in clips)
-    if classes is None:
-        classes = sorted({label for clip in chosen for label in clip.labels})
-    bad = BadFiles(None, data.max_bad_files)
-    bad.add(manifest.bad)
-    corpus = Corpus(replace(manifest, clips=chosen, classes=tuple(classes)), list(range(len(chosen))), [], data, 0, bad)
-    front_end = InputStatistics(corpus, model.weights.statistics).front_end(model.geometry).to(model.device)
-    return Runner(corpus, front_end, model.batch_size)
+    weights = load_weights(ckpt, options.weights)
+    for line in weights.notes:
+        print(line)
+    name = weights.recipe.objective.name
+    if classifier and (name != "supervised" or not weights.classes):
+        raise UserError(
+            f"{weights.origin} is {'an encoder alone' if name == 'supervised' else f'of objective {name}'} and has no "
+            "classifier: ssl_c2f finetune makes one (ssl_c2f probe scores its features)"
+        )
+    return weights
 
 
-def run_windows(runner: Runner, read: Callable[[Batch], Tensor], title: str) -> Rows:
-    """`Runner.run` over all recordings, with its progress shown."""
-    corpus = runner.corpus
-    with Count("reading recordings") as count:
-        corpus.progress = count.update
-        corpus.source(runner.front_end.geometry)  # fills the cache
-    with Count(title) as count:
-        return runner.run(read, corpus.training, progress=count.update)
+def open_inference(weights: Weights, options: InferenceOptions, recordings: Manifest, data: DataOptions) -> Inference:
+    """Raises UserError: no such device, or more unreadable files than data.max_bad_files."""
+    device, corpus = distributed.init(options.device).device, Corpus.whole(recordings, data)
+    geometry = weights.geometry if options.resolution == "trained" else weights.recipe.fine_geometry
+    front_end = InputStatistics(corpus, weights.statistics).front_end(geometry).to(device)
+    return Inference(weights, weights.objective(geometry, device), Runner(corpus, front_end, options.batch_size))
 
 
-def tell_bad(bad: Mapping[str, str]) -> dict[str, str]:
-    """Name the unreadable files (path -> reason) on stderr, and give them back."""
-    for path, reason in bad.items():
-        print(f"skipped {path}: {reason}", file=sys.stderr)
-    if bad:
-        print(f"unreadable files skipped: {len(bad)}", file=sys.stderr)
-    return dict(bad)
+def results_of(weights: Weights, kind: str, data: DataOptions) -> Path:
+    """Where results of a checkpoint on a set of recordings go by default."""
+    name = Path(data.manifest).stem if data.manifest else Path(data.root or ".").resolve().name or "recordings"
+    return results_folder(Path(weights.origin)) / kind / name

@@ -16,7 +16,7 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.curriculum.cost import step_flops
 from ssl_c2f.curriculum.phases import Phase
-from ssl_c2f.data.corpus import BadFiles, Corpus
+from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import open_manifest, split
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
@@ -59,7 +59,7 @@ def _measure(options: RunOptions, clips: int, num_classes: int) -> None:
     """Time one micro-batch of noise in every phase: front end, forward, backward and optimiser step."""
     nothing = Path()
     manifest = Manifest(nothing, (), tuple(f"class {i}" for i in range(num_classes)))
-    corpus = Corpus(manifest, [], [], options.data, options.seed, BadFiles(None, 0))
+    corpus = Corpus.whole(manifest, options.data)
     dist = distributed.init(options.train.device)
     curriculum, statistics = options.curriculum(clips, num_classes), InputStatistics(corpus)
     run = Run(options, RunFolder(nothing), statistics, curriculum, dist, None, Stop(), "plan")

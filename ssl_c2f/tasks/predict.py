@@ -16,8 +16,8 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.manifest import Clip, Manifest, audio_in, checked
-from ssl_c2f.tasks.evaluate import predicted, require_classifier
-from ssl_c2f.tasks.inference import InferenceOptions, Model, open_model, open_runner, run_windows, tell_bad
+from ssl_c2f.tasks.evaluate import predicted
+from ssl_c2f.tasks.inference import Inference, InferenceOptions, open_inference, open_weights
 
 
 class PredictOptions(InferenceOptions):
@@ -48,11 +48,11 @@ def predict(ckpt: Path, files: Sequence[Path], options: PredictOptions) -> list[
     """
     if options.out and Path(options.out).suffix not in (".csv", ".json"):
         raise UserError(f"out: {options.out} should end in .csv or .json")
-    manifest = listed(files)
-    model = open_model(ckpt, options)
+    recordings, weights = listed(files), open_weights(ckpt, options, classifier=True)
     # Every recording is read once, so there is nothing to cache; what is skipped is never too much.
-    data = DataOptions(cache_gb=0.0, workers=options.workers, max_bad_files=len(manifest.clips) + len(manifest.bad))
-    predictions = _predictions(model, manifest, data, options.timeline)
+    most = len(recordings.clips) + len(recordings.bad)
+    data = DataOptions(cache_gb=0.0, workers=options.workers, max_bad_files=most)
+    predictions = _predictions(open_inference(weights, options, recordings, data), options.timeline)
     if options.out:
         write_predictions(Path(options.out), predictions)
         print(f"{len(predictions)} rows: {options.out}")
@@ -77,30 +77,20 @@ def listed(files: Sequence[Path]) -> Manifest:
     return replace(manifest, clips=tuple(sorted(manifest.clips, key=lambda clip: order[clip.path])))
 
 
-def _predictions(model: Model, manifest: Manifest, data: DataOptions, timeline: bool) -> list[Prediction]:
-    classifier = require_classifier(model)
+def _predictions(inference: Inference, timeline: bool) -> list[Prediction]:
+    classifier, geometry = inference.classifier, inference.runner.front_end.geometry
+    rows = inference.run(classifier.scores, "labelling windows")
+    window, classes = geometry.clip_samples / geometry.sample_rate, inference.weights.classes
     several = classifier.options.labels == "multi"
-    runner = open_runner(manifest, range(len(manifest.clips)), data, model)
-    corpus = runner.corpus
-    try:
-        rows = run_windows(runner, classifier.scores, "labelling windows")
-    finally:
-        tell_bad(corpus.bad.seen)
-    window = model.geometry.clip_samples / model.geometry.sample_rate
-    if timeline:
-        values, index, starts = rows.values, rows.clip, rows.start.tolist()
-    else:
-        values, index = rows.by_clip()
-        starts = [0.0] * len(index)
+    values, index = (rows.values, rows.clip) if timeline else rows.by_clip()
+    starts = rows.start.tolist() if timeline else [0.0] * len(index)
     predictions = []
     for scores, i, start in zip(values.tolist(), index.tolist(), starts, strict=True):
-        clip = corpus.manifest.clips[i]
+        clip = inference.recordings.clips[i]
         length = clip.num_samples / clip.sample_rate
         end = min(start + window, length) if timeline else length
-        best = predicted(scores, model.classes, several)
-        predictions.append(
-            Prediction(clip.path, start, end, best, dict(zip(model.classes, scores, strict=True)))
-        )
+        best = predicted(scores, classes, several)
+        predictions.append(Prediction(clip.path, start, end, best, dict(zip(classes, scores, strict=True))))
     return predictions
 
 

@@ -22,18 +22,8 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import Count, table
 from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.data.front_end import Batch
-from ssl_c2f.data.runner import Runner
-from ssl_c2f.tasks.evaluate import data_name, finite, shown
-from ssl_c2f.tasks.inference import (
-    Model,
-    RecordingOptions,
-    in_folds,
-    open_model,
-    open_runner,
-    run_of,
-    run_windows,
-    tell_bad,
-)
+from ssl_c2f.tasks.evaluate import finite, shown
+from ssl_c2f.tasks.inference import Inference, RecordingOptions, open_inference, open_weights, results_of
 from ssl_c2f.train import metrics, publish
 
 Reader = Callable[[Batch], Tensor]
@@ -62,38 +52,35 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
     Raises:
         UserError: fewer than two classes or folds, or nothing that can be read.
     """
-    model = open_model(ckpt, options)
-    manifest = open_manifest(options.data)
-    runner = open_runner(
-        manifest, [i for i in in_folds(manifest, options.folds) if manifest.clips[i].labels], options.data, model
-    )
-    corpus = runner.corpus
-    if corpus.num_classes < 2:
-        raise UserError(f"{manifest.root}: a probe needs recordings of at least two classes")
-    features, found = _features(runner, _readers(model, options))
-    bad = tell_bad(corpus.bad.seen)
-    labels = corpus.manifest.labels(found)
-    folds, split = choose_folds([corpus.manifest.clips[i].fold for i in found.tolist()], labels, options)
+    weights, everything = open_weights(ckpt, options), open_manifest(options.data)
+    recordings = everything.only(i for i in everything.in_folds(options.folds, "folds") if everything.clips[i].labels)
+    if len(recordings.classes) < 2:
+        raise UserError(f"{recordings.root}: a probe needs recordings of at least two classes")
+    inference = open_inference(weights, options, recordings, options.data)
+    features, found = _features(inference, _readers(inference, options))
+    labels = recordings.labels(found)
+    folds, split = choose_folds([recordings.clips[i].fold for i in found.tolist()], labels, options)
     rows = _probe_all(features, labels, folds, options)
     result: dict[str, Any] = finite({
-        "checkpoint": model.weights.origin, "resolution": options.resolution, "clips": len(found),
-        "classes": list(corpus.manifest.classes), "split": split, "rows": rows, "bad_files": bad,
+        "checkpoint": weights.origin, "resolution": options.resolution, "clips": len(found),
+        "classes": list(recordings.classes), "split": split, "rows": rows, "bad_files": dict(inference.bad),
     })
-    folder = Path(options.out) if options.out else run_of(model.weights) / "probe" / data_name(options.data)
+    folder = Path(options.out) if options.out else results_of(weights, "probe", options.data)
     write_json(folder / "probe.json", result)
     print_probe(result)
-    publish.show_scores(model.weights.origin, folder, "probe", result)
+    publish.show_scores(weights.origin, folder, "probe", result)
     print(folder)
     return result
 
 
-def _readers(model: Model, options: ProbeOptions) -> dict[str, Reader]:
+def _readers(inference: Inference, options: ProbeOptions) -> dict[str, Reader]:
     """What is probed: name -> (B, 2 D) means and deviations of a batch of windows."""
-    readers: dict[str, Reader] = {"checkpoint": lambda batch: model.objective.embed(batch, "mean_std")}
+    readers: dict[str, Reader] = {"checkpoint": lambda batch: inference.objective.embed(batch, "mean_std")}
     if options.random:
         with torch.random.fork_rng():
             torch.manual_seed(draws.seed(options.seed, "random encoder"))
-            untrained = model.weights.recipe.build(model.geometry, len(model.weights.classes)).to(model.device).eval()
+            weights, front_end = inference.weights, inference.runner.front_end
+            untrained = weights.recipe.build(front_end.geometry, len(weights.classes)).to(front_end.device).eval()
         readers["random encoder"] = lambda batch: untrained.embed(batch, "mean_std")
     if options.baseline:
         readers["log-mel"] = log_mel_statistics
@@ -109,7 +96,7 @@ def log_mel_statistics(batch: Batch) -> Tensor:
     return torch.cat([mean, variance.sqrt()], dim=1)
 
 
-def _features(runner: Runner, readers: Mapping[str, Reader]) -> tuple[dict[str, Tensor], Tensor]:
+def _features(inference: Inference, readers: Mapping[str, Reader]) -> tuple[dict[str, Tensor], Tensor]:
     """(n, 2 D) of each reader, all from one pass over the recordings, and (n,) which clips."""
     widths: dict[str, int] = {}
 
@@ -118,7 +105,7 @@ def _features(runner: Runner, readers: Mapping[str, Reader]) -> tuple[dict[str, 
         widths.update({name: part.shape[1] for name, part in parts.items()})
         return torch.cat(list(parts.values()), dim=1)
 
-    rows, found = run_windows(runner, read, "reading features").by_clip()
+    rows, found = inference.run(read, "reading features").by_clip()
     return dict(zip(readers, torch.split(rows, list(widths.values()), dim=1), strict=True)), found
 
 

@@ -16,13 +16,19 @@ from trained_runs import CLASSES, damage, of, read_csv, write_sounds
 
 from ssl_c2f.core import progress
 from ssl_c2f.core.options import UserError
-from ssl_c2f.data.manifest import scan
+from ssl_c2f.data.manifest import Clip, Manifest, scan
 from ssl_c2f.data.runner import mean_by_clip
 from ssl_c2f.tasks.evaluate import EvaluateOptions, evaluate, print_confusion, print_scores, summarise, write_scores
-from ssl_c2f.tasks.inference import RecordingOptions, open_model, open_runner, run_windows
+from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights
 from ssl_c2f.train import metrics
 
 # scores
+
+
+def recordings(labels: Tensor, classes: list[str]) -> Manifest:
+    """What has the (n, C) labels."""
+    names = [tuple(name for name, there in zip(classes, row, strict=True) if there) for row in labels.tolist()]
+    return Manifest(Path("."), tuple(Clip(f"{i}.wav", each) for i, each in enumerate(names)), tuple(classes))
 
 
 @settings(max_examples=25)
@@ -35,7 +41,7 @@ def test_scores_agree_with_each_other_and_with_the_predictions(
     labels = torch.eye(num_classes)[torch.randint(num_classes, (n,), generator=generator)]
     classes = [f"class, {i}" for i in range(num_classes)]
     folder = tmp_path_factory.mktemp("scores")
-    result = write_scores(folder, [f"{i}.wav" for i in range(n)], scores, labels, classes, {"more": math.nan})
+    result = write_scores(folder, recordings(labels, classes), torch.arange(n), scores, {"more": math.nan})
     assert result == json.loads((folder / "scores.json").read_text())
     rows = read_csv(folder / "predictions.csv")
     right = sum(row["label"] == row["predicted"] for row in rows)
@@ -53,7 +59,7 @@ def test_scores_agree_with_each_other_and_with_the_predictions(
 def test_scores_of_several_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]])
     scores = torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.6, 0.1, 0.3], [0.7, 0.3, 0.1]])
-    result = write_scores(tmp_path, list("abcd"), scores, labels, ["x", "y", "z"])
+    result = write_scores(tmp_path, recordings(labels, ["x", "y", "z"]), torch.arange(4), scores, {})
     assert result["average_precision"] == {"x": 1.0, "y": pytest.approx((1 + 2 / 3) / 2), "z": None}
     assert result["map"] == pytest.approx((1 + (1 + 2 / 3) / 2) / 2)
     rows = read_csv(tmp_path / "predictions.csv")
@@ -204,24 +210,25 @@ def test_nothing_readable_is_one_line(classifier: Path, tmp_path: Path) -> None:
 def test_both_resolutions_are_the_same_at_time_factor_1(classifier: Path, tones: Path) -> None:
     rows = []
     for resolution in ("full", "trained"):
-        model = open_model(classifier, of(RecordingOptions, tones, resolution=resolution))
-        runner = open_runner(scan(tones), range(15), RecordingOptions().data, model)
-        rows.append(run_windows(runner, lambda batch, m=model: m.objective.embed(batch), "").values)  # type: ignore[misc]
+        options = of(RecordingOptions, tones, resolution=resolution)
+        inference = open_inference(open_weights(classifier, options), options, scan(tones), options.data)
+        rows.append(inference.run(inference.objective.embed, "").values)
     assert torch.equal(*rows)
 
 
 def test_the_checkpoints_own_statistics_are_used(classifier: Path, tmp_path: Path) -> None:
     """Recordings that are all louder must look louder to the model."""
     root = write_sounds(tmp_path / "quiet", per_class=1)
-    model = open_model(classifier, RecordingOptions(device="cpu"))
-    runner = open_runner(scan(root), range(3), RecordingOptions().data, model)
-    assert runner.front_end.statistics == model.weights.statistics[model.geometry.digest()]
+    options = RecordingOptions(device="cpu")
+    weights = open_weights(classifier, options)
+    front_end = open_inference(weights, options, scan(root), options.data).runner.front_end
+    assert front_end.statistics == weights.statistics[front_end.geometry.digest()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_a_device_that_is_not_there(classifier: Path) -> None:
+def test_a_device_that_is_not_there(classifier: Path, tones: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="device cuda: there is none"):
-        open_model(classifier, RecordingOptions(device="cuda"))
+        evaluate(classifier, of(EvaluateOptions, tones, device="cuda", out=str(tmp_path)))
 
 
 def test_count_is_silent_when_short(capsys: pytest.CaptureFixture[str]) -> None:
