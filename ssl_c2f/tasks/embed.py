@@ -40,7 +40,7 @@ def embed(ckpt: Path, options: EmbedOptions) -> Path:
     file = Path(options.out)
     if file.suffix not in ENDINGS:
         raise UserError(f"out: {file} should end in {', '.join(ENDINGS)}")
-    weights, everything = open_weights(ckpt, options), open_manifest(options.data)
+    weights, everything = open_weights(ckpt, options.weights), open_manifest(options.data)
     recordings = everything.only(everything.in_folds(options.folds, "folds"))
     inference = open_inference(weights, options, recordings, options.data)
     rows = inference.run(lambda batch: inference.objective.embed(batch, options.readout), "embedding windows")

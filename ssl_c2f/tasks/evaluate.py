@@ -25,12 +25,11 @@ from torch import Tensor
 from ssl_c2f.core.files import read_json, write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.data.dataset import DataOptions, open_manifest, split
 from ssl_c2f.data.manifest import Manifest, fingerprint
 from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights, results_of
 from ssl_c2f.train import metrics, publish
-from ssl_c2f.train.weights import Weights, results_folder
+from ssl_c2f.train.weights import Weights
 
 _MOST_COLUMNS = 20  # classes whose confusion matrix still fits a terminal
 
@@ -47,7 +46,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         UserError: no classifier in the checkpoint, a label that it does not know, no labelled recording to be read.
     """
-    weights, everything = open_weights(ckpt, options, classifier=True), open_manifest(options.data)
+    weights, everything = open_weights(ckpt, options.weights, classifier=True), open_manifest(options.data)
     chosen = everything.in_folds(options.folds, "folds")
     labelled = [i for i in chosen if everything.clips[i].labels]
     if unlabelled := len(chosen) - len(labelled):
@@ -75,7 +74,7 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
 
 def seen_in_training(weights: Weights, manifest: Manifest, clips: Sequence[int]) -> int:
     """How many of the clips the checkpoint's run was trained on; 0 where it was trained on another set."""
-    run = RunFolder(results_folder(Path(weights.origin)))
+    run = weights.results
     facts = read_json(run.recordings)
     try:
         config = yaml.safe_load(run.config.read_text())

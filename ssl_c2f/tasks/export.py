@@ -28,8 +28,9 @@ from ssl_c2f.models.vit import ViT, ViTOptions
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.tasks.convert import notice
+from ssl_c2f.tasks.inference import open_weights
 from ssl_c2f.train.recipe import Recipe
-from ssl_c2f.train.weights import Weights, load_weights
+from ssl_c2f.train.weights import Weights
 
 Format = Literal["hf", "onnx", "safetensors"]
 
@@ -42,11 +43,9 @@ def export(ckpt: Path, format: Format, out: Path) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something; give a new folder")
-    weights = load_weights(ckpt)
+    weights = open_weights(ckpt)
     if (name := weights.recipe.model.name) != "vit":
         raise UserError(f"{weights.origin}: only model vit can be exported, not {name}")
-    for line in weights.notes:
-        print(line)
     match format:
         case "hf":
             _to_hf(weights, out)

@@ -18,14 +18,16 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import split
+from ssl_c2f.data.front_end import FrontEnd
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
 from ssl_c2f.tasks.evaluate import print_scores, write_scores
+from ssl_c2f.tasks.inference import open_weights
 from ssl_c2f.train import engine, metrics, publish
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.weights import Weights, Which, load_weights, results_folder
+from ssl_c2f.train.weights import Weights, Which, load_weights
 
 
 class FinetuneOptions(RunOptions):
@@ -59,14 +61,11 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     Raises:
         UserError: the encoder does not fit the checkpoint, a fold does not exist, a clip has no label.
     """
-    weights, stop = load_weights(ckpt, options.weights), stop or Stop()
-    for line in weights.notes:
-        print(line)
+    weights, stop = open_weights(ckpt, options.weights), stop or Stop()
     factor = weights.factor
     if options.statistics == "measure":
         weights = replace(weights, statistics={})
-    run = RunFolder(results_folder(Path(weights.origin)))
-    folder = Path(options.run_dir) if options.run_dir else run.finetuning(options.name).path
+    folder = Path(options.run_dir) if options.run_dir else weights.results.finetuning(options.name).path
     check_origin(folder, weights.origin)
     is_main = distributed.init(options.train.device).is_main
     everything = Corpus.open(options.data, options.seed, RunFolder(folder).bad_files if is_main else None)
@@ -82,7 +81,7 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         group = publish.group_of(weights.origin)
         engine.run(part, path, initial=initial, statistics=statistics, stop=stop, kind="finetune", group=group)
         if held_out and report:
-            scored[fold] = _score(part, path, statistics)
+            scored[fold] = _score(part, path, corpus)
     if report and not scored:
         print("no score: no recording was held out (they have no folds); data.val_fraction=0.2 holds a share out")
     if scored:
@@ -125,13 +124,12 @@ def folds_of(options: FinetuneOptions, manifest: Manifest) -> list[int | None]:
     return [*options.folds]
 
 
-def _score(options: FinetuneOptions, path: Path, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+def _score(options: FinetuneOptions, path: Path, corpus: Corpus) -> tuple[Tensor, Tensor]:
     """(n, C) scores of the fold's held-out clips, and (n,) which clips they are."""
-    device, corpus = distributed.init(options.train.device).device, statistics.corpus
-    tuned = load_weights(path, options.weights)
+    device, tuned = distributed.init(options.train.device).device, load_weights(path, options.weights)
     model = tuned.at_full_resolution(device)
+    front_end = FrontEnd(tuned.recipe.fine_geometry, tuned.fine_statistics).to(device)
     assert isinstance(model, Supervised)
-    front_end = statistics.front_end(options.fine_geometry).to(device)
     return Runner(corpus, front_end, options.evaluation.batch_size).run(model.scores, corpus.held_out).by_clip()
 
 

@@ -51,11 +51,10 @@ class AudioModel(
         """
         waveform = waveform[:, : self.geometry.clip_samples]
         if num_samples is None:
-            num_samples = torch.full((len(waveform),), waveform.shape[1], device=waveform.device)
-        index = torch.arange(len(waveform), device=waveform.device)
+            num_samples = torch.full((len(waveform),), waveform.shape[1])
+        index = torch.arange(len(waveform))
         num_samples = num_samples.clamp(max=waveform.shape[1])
-        items = Items(waveform, num_samples, index, index, torch.zeros(len(waveform), 0, device=waveform.device))
-        batch: Batch = self.front_end(items)
+        batch: Batch = self.front_end(Items(waveform, num_samples, index, index, torch.zeros(len(waveform), 0)))
         return batch
 
     def forward(self, waveform: Tensor, num_samples: Tensor | None = None) -> Tensor:

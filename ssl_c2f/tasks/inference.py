@@ -25,7 +25,7 @@ from ssl_c2f.data.runner import Rows, Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.supervised import Supervised
-from ssl_c2f.train.weights import Weights, Which, load_weights, results_folder
+from ssl_c2f.train.weights import Weights, Which, load_weights
 
 
 class InferenceOptions(Options):
@@ -93,13 +93,13 @@ class Inference:
         return self.runner.corpus.bad.seen
 
 
-def open_weights(ckpt: Path, options: InferenceOptions, *, classifier: bool = False) -> Weights:
+def open_weights(ckpt: Path, which: Which = "auto", *, classifier: bool = False) -> Weights:
     """The weights, with what there is to say about them printed.
 
     Raises:
         UserError: no such checkpoint, or no `classifier` in it though one is needed.
     """
-    weights = load_weights(ckpt, options.weights)
+    weights = load_weights(ckpt, which)
     for line in weights.notes:
         print(line)
     name = weights.recipe.objective.name
@@ -122,4 +122,4 @@ def open_inference(weights: Weights, options: InferenceOptions, recordings: Mani
 def results_of(weights: Weights, kind: str, data: DataOptions) -> Path:
     """Where results of a checkpoint on a set of recordings go by default."""
     name = Path(data.manifest).stem if data.manifest else Path(data.root or ".").resolve().name or "recordings"
-    return results_folder(Path(weights.origin)) / kind / name
+    return weights.results.path / kind / name

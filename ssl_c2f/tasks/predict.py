@@ -48,7 +48,7 @@ def predict(ckpt: Path, files: Sequence[Path], options: PredictOptions) -> list[
     """
     if options.out and Path(options.out).suffix not in (".csv", ".json"):
         raise UserError(f"out: {options.out} should end in .csv or .json")
-    recordings, weights = listed(files), open_weights(ckpt, options, classifier=True)
+    recordings, weights = listed(files), open_weights(ckpt, options.weights, classifier=True)
     # Every recording is read once, so there is nothing to cache; what is skipped is never too much.
     most = len(recordings.clips) + len(recordings.bad)
     data = DataOptions(cache_gb=0.0, workers=options.workers, max_bad_files=most)

@@ -52,7 +52,7 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
     Raises:
         UserError: fewer than two classes or folds, or nothing that can be read.
     """
-    weights, everything = open_weights(ckpt, options), open_manifest(options.data)
+    weights, everything = open_weights(ckpt, options.weights), open_manifest(options.data)
     recordings = everything.only(i for i in everything.in_folds(options.folds, "folds") if everything.clips[i].labels)
     if len(recordings.classes) < 2:
         raise UserError(f"{recordings.root}: a probe needs recordings of at least two classes")

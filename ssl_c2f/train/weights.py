@@ -111,6 +111,11 @@ class Weights(CheckpointState):
             return found
         raise UserError(f"{self.origin}: no statistics of its input at full resolution")
 
+    @property
+    def results(self) -> RunFolder:
+        """Where what is done with these weights is kept."""
+        return RunFolder(results_folder(Path(self.origin)))
+
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, its model.safetensors, a phase (its newest), or a run (the

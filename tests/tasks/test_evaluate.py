@@ -211,7 +211,7 @@ def test_both_resolutions_are_the_same_at_time_factor_1(classifier: Path, tones:
     rows = []
     for resolution in ("full", "trained"):
         options = of(RecordingOptions, tones, resolution=resolution)
-        inference = open_inference(open_weights(classifier, options), options, scan(tones), options.data)
+        inference = open_inference(open_weights(classifier), options, scan(tones), options.data)
         rows.append(inference.run(inference.objective.embed, "").values)
     assert torch.equal(*rows)
 
@@ -220,7 +220,7 @@ def test_the_checkpoints_own_statistics_are_used(classifier: Path, tmp_path: Pat
     """Recordings that are all louder must look louder to the model."""
     root = write_sounds(tmp_path / "quiet", per_class=1)
     options = RecordingOptions(device="cpu")
-    weights = open_weights(classifier, options)
+    weights = open_weights(classifier)
     front_end = open_inference(weights, options, scan(root), options.data).runner.front_end
     assert front_end.statistics == weights.statistics[front_end.geometry.digest()]
 

@@ -16,7 +16,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.data.synthetic import render
 from ssl_c2f.tasks.embed import EmbedOptions, embed
 from ssl_c2f.tasks.evaluate import EvaluateOptions, evaluate
-from ssl_c2f.tasks.inference import RecordingOptions, open_weights
+from ssl_c2f.tasks.inference import open_weights
 from ssl_c2f.tasks.predict import PredictOptions, predict
 
 # embed
@@ -55,7 +55,7 @@ def test_windows_cover_a_recording_in_order(autoencoder: Path, tones: Path, tmp_
     assert np.allclose(windows["features"][1], windows["features"][4], atol=1e-4)
     assert not np.allclose(windows["features"][0], windows["features"][4], atol=1e-2)
     embed(autoencoder, of(EmbedOptions, tmp_path, out=file))
-    geometry = open_weights(autoencoder, RecordingOptions()).geometry
+    geometry = open_weights(autoencoder).geometry
     frames = np.array([int(geometry.frames(n)) for n in (4000, 4000, 4000, 400)], np.float32)
     mean = (windows["features"][:4] * frames[:, None]).sum(0) / frames.sum()
     assert np.allclose(np.load(file)["features"][0], mean, atol=1e-5)
