@@ -98,6 +98,13 @@ def test_every_module_is_in_the_order() -> None:
     assert all(other in MODULES for wanted in GRAPH.values() for other in wanted)
 
 
+def test_the_tree_of_the_readme_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text().partition("## The code")[2]
+    tree = dict(re.findall(r"^  (\w+)/ (.*(?:\n   .*)*)", readme, re.MULTILINE))  # folder -> its lines
+    within = [name.partition(".") for name in MODULES if "." in name]
+    assert [f"{folder}.{name}" for folder, _, name in within if not re.search(rf"\b{name}\b", tree[folder])] == []
+
+
 def test_folders_import_only_from_those_below_them() -> None:
     assert not breaches(GRAPH)
 
