@@ -1,6 +1,6 @@
-"""Temporal compression of a log-mel filterbank by pooling.
+"""Temporal compression by pooling of the log-mel filterbank.
 
-The other two methods need no code of their own: `frame_shift` is a longer hop of the filterbank, `patch` a wider patch.
+The other two methods need no code: `frame_shift` is a longer hop of the filterbank, `patch` a wider patch.
 Axes: B batch, T frames, F mel bins.
 """
 
@@ -16,8 +16,8 @@ from torch.nn import functional
 def pool_time(spec: Tensor, num_frames: Tensor, kernel: int, kind: Literal["mean", "max"]) -> Tensor:
     """Pool `kernel` frames into one: (B, T, F) -> (B, ceil(T / kernel), F).
 
-    Only the first `num_frames` (B,) frames of a clip are real, and only those take part, so a clip's result does not
-    depend on its padding. Cells that hold nothing but padding are 0.
+    Only the first `num_frames` (B,) frames of a clip, the real ones, are pooled, so a clip's result does not depend on
+    its padding. Cells with nothing but padding are 0.
     """
     batch, time, mels = spec.shape
     padded = functional.pad(spec, (0, 0, 0, -time % kernel))

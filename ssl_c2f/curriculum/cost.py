@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of a training step: its forward FLOPs for one clip, and how many times that a step costs."""
+    """One part of a training step: the FLOPs of its forward pass for one clip, and how many of these a step costs."""
 
     name: str
     forward: float
     passes: float = 3.0
-    tokens: int = 0  # of the clip that the encoder learns from
+    tokens: int = 0  # of the clip that are encoded with gradients
 
     @property
     def step(self) -> float:
@@ -39,12 +39,12 @@ def transformer(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
 
 
 def times(count: int, parts: Sequence[Part]) -> list[Part]:
-    """The same pieces `count` times in a step."""
+    """The same parts, run `count` times in a step."""
     return [replace(part, forward=count * part.forward, tokens=count * part.tokens) for part in parts]
 
 
 def seen_tokens(parts: Sequence[Part]) -> int:
-    """Tokens of one clip that the encoder learns from in one step, over all views; a teacher's are not among them."""
+    """Tokens of one clip that the encoder is trained on in one step, over all masks; not those of a teacher."""
     return sum(part.tokens for part in parts)
 
 
@@ -62,12 +62,12 @@ def transformer_bytes(tokens: int, width: int, depth: int, mlp_ratio: float, byt
 
     Per token and block: the inputs of two norms and their outputs, qkv, the attention's output twice (and as the
     projection's input), and the MLP's hidden layer before and after its activation: about (9 + 2 mlp_ratio) widths.
-    All of them have `bytes_per_value` but the norms' inputs, which autocast leaves in fp32.
+    All have `bytes_per_value`, except the inputs of the norms, which autocast leaves in fp32.
     """
     return depth * tokens * width * (2 * 4 + (7 + 2 * mlp_ratio) * bytes_per_value)
 
 
 def state_bytes(parameters: int, ema: bool, frozen: int = 0) -> float:
-    """Weights, gradients and two moments in fp32, and the moving average if there is one; `frozen` of the parameters
-    (a teacher's, a probe's encoder) have neither gradients nor moments."""
+    """Bytes of weights, gradients and AdamW's two averages in fp32, and of the EMA if there is one. `frozen` of the
+    parameters (a teacher's, a linear probe's encoder) have no gradients and no optimiser state."""
     return 4.0 * (parameters * (5 if ema else 4) - 3 * frozen)

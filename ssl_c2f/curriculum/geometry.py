@@ -1,4 +1,4 @@
-"""Time factor -> frames, grid, tokens. Everything that has a size asks this file; nobody else divides.
+"""The sizes of a phase: frames, patches and tokens at a time factor. No other file computes a size.
 
 Legend: C time factor; T frames; F mel bins; (F', T') grid of tokens.
 """
@@ -53,8 +53,8 @@ class AudioOptions(Options):
 class Geometry:
     """The sizes of one phase. Times are in samples, frequencies in Hz; frames are counted after compression.
 
-    A grid column is real if any frame of a full-length clip falls into it; the columns behind those exist so that the
-    grids of all phases cover the same span, and no model ever computes them.
+    A column of the grid is real if any frame of a full-length clip falls into it. The columns after those make the
+    grids of all phases equally long; no model computes them.
     """
 
     sample_rate: int
@@ -73,11 +73,11 @@ class Geometry:
     grid_t: int
     time_factor: int
     unit_mels: int  # positions are counted in patches of the fine phase: so many mel bins ...
-    unit_samples: int  # ... by so many samples
+    unit_samples: int  # ... and so many samples
     stride_f: int = 0  # mel bins from one patch to the next; 0 stands for patch_f: patches that do not overlap
     stride_t: int = 0  # frames
-    folds: int = 1  # bands of consecutive time that a hierarchical encoder stacks into an image, ...
-    merge: int = 1  # ... and how many tokens on a side of it become one in its last stage
+    folds: int = 1  # bands of consecutive time that HTS-AT stacks into an image, ...
+    merge: int = 1  # ... whose tokens merge, so many on a side, into one of its last stage
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride_f", self.stride_f or self.patch_f)
@@ -161,7 +161,7 @@ class Geometry:
         return rows * (self.patch_f / self.unit_mels) - 0.5, columns * span - 0.5
 
     def digest(self) -> str:
-        """Short name of what a recording's spectrogram depends on: its statistics are kept under it."""
+        """A short name for all that spectrograms depend on. Input statistics are stored under it."""
         fields = ("sample_rate", "hop", "window", "num_mels", "f_min", "f_max", "pool", "pool_kind")
         text = json.dumps([getattr(self, f) for f in fields])
         return f"hop{self.hop}-pool{self.pool}{self.pool_kind}-" + hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,6 +1,6 @@
-"""A run is a list of phases, and what changes over time is a pure function of the step.
+"""The curriculum: a run is a list of phases, and what changes over time is a pure function of the step.
 
-Nothing here keeps state: to resume at a step is to ask for that step.
+Nothing here has state, so a run resumes at a step by looking that step up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LENGTHS = ("epochs", "steps", "samples", "flops")
 
 
 class PhaseOptions(Options):
-    """One entry of `phases:`. What is left out is the run's own (`optim.lr`, `mask.ratio`, `model.patch_t`, ...)."""
+    """One entry of `phases:`. What it leaves out is the run's (`optim.lr`, `mask.ratio`, `model.patch_t`, ...)."""
 
     alternatives = (LENGTHS, ("warmup_epochs", "warmup_steps"))
 
@@ -33,7 +33,7 @@ class PhaseOptions(Options):
     time_factor: int = Field(1, ge=1, description="how many times coarser in time than the fine phase")
     batch_size: int = Field(64, ge=1, description="global: over all devices and accumulation steps")
     lr: float | None = Field(None, gt=0)
-    min_lr_ratio: float | None = Field(None, ge=0, le=1, description="where the phase's cosine ends, as a share of lr")
+    min_lr_ratio: float | None = Field(None, ge=0, le=1, description="where the cosine ends, as a fraction of lr")
     warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up; give warmup_epochs or warmup_steps")
     warmup_steps: int | None = Field(None, ge=0)
     mask_ratio: float | None = Field(None, gt=0, lt=1)
@@ -68,7 +68,7 @@ class Masking:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase as it runs: what was asked for, completed from the run's options, and what follows from it."""
+    """A phase as it runs: its options, what they leave to the run filled in, and its geometry, masks and cost."""
 
     index: int
     options: PhaseOptions
@@ -108,8 +108,8 @@ class Curriculum:
         return self.phases[-1].last_step
 
     def lookup(self, step: int) -> tuple[Phase, float, float]:
-        """The phase of the step with `step` steps done before it, and the fractions that are done of the phase (t) and
-        of the run (u), in [0, 1]. The run's end belongs to the last phase.
+        """The phase that contains step number `step` (from 0 on), and the fractions done before it of the phase (t) and
+        of the run (u), in [0, 1]. The end of the run belongs to the last phase.
 
         Raises:
             ValueError: the step is not in the run.
@@ -125,7 +125,7 @@ class Curriculum:
         return phase.first_sample + (step - phase.first_step) * phase.batch_size
 
     def counters(self, step: int) -> dict[str, float]:
-        """Samples, tokens and FLOPs that are behind a step."""
+        """Clips, tokens and FLOPs used when `step` steps are done."""
         tokens, flops = 0, 0.0
         for phase in self.phases:
             clips = min(max(step - phase.first_step, 0), phase.steps) * phase.batch_size

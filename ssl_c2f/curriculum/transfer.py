@@ -1,4 +1,4 @@
-"""Carrying weights from one geometry to another: between phases, and from pretraining to fine-tuning.
+"""Transfer of weights from one geometry to another: between phases, and from pretraining to fine-tuning.
 
 Legend: D width, P values of a patch (index f patch_t + t), N tokens (index f T' + t).
 """
@@ -56,10 +56,10 @@ def transfer(
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """Fit a state dict to a model of another geometry.
 
-    Patch kernels are PI-resized, the rows of reconstruction heads (`to_patch`) resized like the patch that they draw,
-    those of heads whose output is multiplied with a patch (`to_match`) PI-resized like kernels, learned positions
-    interpolated in physical time. Sine-cosine positions are no part of the state: a model computes its own. Biases by
-    relative position are interpolated where a window is clipped by the grid that it stands in.
+    Patch kernels are PI-resized. The rows of reconstruction heads (`to_patch`) are resized like the patch that they
+    reconstruct; those of heads whose output is multiplied with a patch (`to_match`) are PI-resized like kernels.
+    Learned positions are interpolated in physical time; sine-cosine positions are not in the state, since a model
+    computes its own. Relative position biases are interpolated where the grid clips a window.
 
     Args:
         state: tensors of the model that was trained in `source`.
@@ -67,8 +67,8 @@ def transfer(
             these values (reinitialised).
 
     Raises:
-        UserError: a tensor of an encoder or a teacher, of either, can be neither copied nor resized; but what has no
-            teacher may take an encoder from what has one.
+        UserError: a tensor of the encoder or the teacher, on either side, can be neither copied nor resized. A model
+            without a teacher may take the encoder of one that has a teacher.
     """
     moved: list[Moved] = []
     result: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def transfer(
 
 
 def _fit(name: str, tensor: Tensor | None, source: Geometry, target: Geometry) -> tuple[Tensor | None, str]:
-    """The tensor in the target's geometry and, if it was resized, how; or why there is none."""
+    """The tensor in the target's geometry, and how it was resized (if it was); or None, and why."""
     if tensor is None:
         return None, "not in the checkpoint"
     old, new = (source.patch_f, source.patch_t), (target.patch_f, target.patch_t)
@@ -118,7 +118,7 @@ def _stage(name: str, names: Container[str]) -> int:
 def _fit_biases(
     table: Tensor, wanted: Tensor, source: Geometry, target: Geometry, stage: int
 ) -> tuple[Tensor | None, str]:
-    """A table of biases for the window that `wanted` is for, and how it was resized; or why there is none."""
+    """The biases for the window of `wanted`, and how they were resized (if they were); or None, and why."""
     try:
         old = window_of(len(table), stage_grid(source, stage))
         new = window_of(len(wanted), stage_grid(target, stage))
@@ -130,10 +130,10 @@ def _fit_biases(
 
 
 def window_of(table_length: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The window, clipped to the grid, whose relative position biases are so many.
+    """The window, clipped to the grid, that has so many relative position biases.
 
     Raises:
-        ValueError: none has.
+        ValueError: there is no such window.
     """
     for size in range(1, max(grid) + 1):
         height, width = (min(size, side) for side in grid)
@@ -143,7 +143,7 @@ def window_of(table_length: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _places(geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Centres of the real rows and columns, as shares of the mel bins and in seconds, whatever unit a run counts in."""
+    """Centres of the real rows and columns, as fractions of the mel bins and in seconds."""
     rows, columns = (places.double() + 0.5 for places in geometry.positions())
     seconds = columns[: geometry.columns] * geometry.unit_samples / geometry.sample_rate
     return rows * geometry.unit_mels / geometry.num_mels, seconds
@@ -170,12 +170,12 @@ def resize_kernel(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
 
 
 def resize_head(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(P_old, ...) -> (P_new, ...): the head draws the same patch at another size."""
+    """(P_old, ...) -> (P_new, ...): the head reconstructs the same patch at another size."""
     return (resize_matrix(old, new).to(tensor.device) @ tensor.double()).to(tensor.dtype)
 
 
 def resize_match(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(P_old, ...) -> (P_new, ...) such that what the head gives, times a resized patch, is the same number.
+    """(P_old, ...) -> (P_new, ...) such that the head's output times a resized patch is the same number.
 
     Exact where the patch grows; the least-squares best where it shrinks, as for a kernel.
     """
@@ -186,8 +186,8 @@ def resize_match(tensor: Tensor, old: tuple[int, int], new: tuple[int, int]) -> 
 def resize_biases(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """((2 h - 1) (2 w - 1), heads) -> the same of another window (h, w): linear between relative positions.
 
-    A window's side is the same length whatever its number of tokens: its largest offsets stand for each other, and no
-    offset stays none. (Swin, Liu et al., ICCV 2021, fine-tunes with other windows by interpolating bicubically, which
+    A window covers the same area however many tokens it has: its largest offsets correspond to each other, and offset 0
+    to offset 0. (Swin, Liu et al., ICCV 2021, fine-tunes with other windows by interpolating bicubically, which
     overshoots where a table of a small window grows.)
     """
     grid = table.double().reshape(2 * old[0] - 1, 2 * old[1] - 1, -1)
@@ -198,7 +198,7 @@ def resize_biases(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> 
 
 
 def _offsets(side: int) -> Tensor:
-    """Offsets between the tokens of a window's side, as shares of the largest."""
+    """Offsets between the tokens of a window's side, as fractions of the largest."""
     return torch.arange(1 - side, side, dtype=torch.float64) / max(side - 1, 1)
 
 
@@ -212,12 +212,12 @@ def interpolate_positions(table: Tensor, source: Geometry, target: Geometry) -> 
 
 
 def _linear_map(old: Tensor, new: Tensor) -> Tensor:
-    """(new, old) float64 weights of linear interpolation between the ascending places `old`, clamped at the ends."""
+    """(new, old) float64 weights of linear interpolation at `new` between the ascending `old`, constant beyond them."""
     if len(old) == 1:
         return torch.ones(len(new), 1, dtype=torch.float64)
     new = new.clamp(float(old[0]), float(old[-1]))
     left = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
-    share = (new - old[left]) / (old[left + 1] - old[left])
+    fraction = (new - old[left]) / (old[left + 1] - old[left])
     weights = torch.zeros(len(new), len(old), dtype=torch.float64)
-    weights.scatter_(1, left[:, None], (1 - share)[:, None])
-    return weights.scatter_(1, left[:, None] + 1, share[:, None])
+    weights.scatter_(1, left[:, None], (1 - fraction)[:, None])
+    return weights.scatter_(1, left[:, None] + 1, fraction[:, None])

@@ -1,4 +1,4 @@
-"""The encoders to choose from (`model.name`): each in one line here, and all else in its own file."""
+"""The encoders to choose from (`model.name`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_c2f.models.vit import ViTOptions
 
 
 def _name(given: Any) -> Any:
-    """Of options, or of a mapping for them: options written before there was a choice have none."""
+    """Of options or a mapping; configs from before there was a choice have no name."""
     return given.get("name", "vit") if isinstance(given, dict) else getattr(given, "name", None)
 
 

@@ -1,9 +1,9 @@
-"""The small convolutional decoder of latent prediction: what a teacher makes of the tokens that a student did not see.
+"""The convolutional decoder of latent prediction: from the visible tokens to the teacher's features of all tokens.
 
 As in data2vec 2.0 (Baevski et al., "Efficient Self-supervised Learning with Contextualized Target Representations",
 ICML 2023, section 3.3) and EAT (Chen et al., IJCAI 2024): grouped 3 x 3 convolutions over the grid, each with a norm,
-GELU and a residual. Here the gaps hold one learned embedding where data2vec has noise, and positions are added, since
-mel rows differ. Legend: B batch, N tokens, K kept tokens, D the encoder's width, E the decoder's, (F', T') grid.
+GELU and a residual. Masked tokens are one learned embedding (noise in data2vec), and positions are added, since mel
+rows differ. Legend: B batch, N tokens, K kept tokens, D the encoder's width, E the decoder's, (F', T') grid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KERNEL = 3
 
 
 class ConvDecoder(nn.Module):
-    """Mask tokens fill the gaps, positions say where, convolutions mix neighbours, a linear layer gives each token."""
+    """Mask tokens at the masked places, positions, convolutions over the grid, and a linear layer for each token."""
 
     positions: Tensor
 
@@ -41,7 +41,7 @@ class ConvDecoder(nn.Module):
         """(B, K, D) encoded tokens -> (B, N, D) predictions.
 
         Args:
-            kept: (B, K) where the encoded tokens stand.
+            kept: (B, K) places of the encoded tokens.
             valid: (B, N) bool, False where a token is padding; None if none is.
         """
         x = self.embed(tokens)
@@ -49,7 +49,7 @@ class ConvDecoder(nn.Module):
         x = x.mT.reshape(len(x), self.width, *self.grid)
         real = None if valid is None else valid.view(-1, 1, *self.grid)
         for conv in self.convs:
-            y = conv(x if real is None else x * real)  # behind a short clip's end are zeros, as behind a long one's
+            y = conv(x if real is None else x * real)  # zeros after a clip's end, as at the grid's edge
             y = F.layer_norm(y.movedim(1, -1), (self.width,)).movedim(-1, 1)
             x = x + F.gelu(y)
         predicted: Tensor = self.to_token(x.flatten(2).mT)

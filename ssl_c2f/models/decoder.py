@@ -1,4 +1,4 @@
-"""The thin decoder of masked autoencoding: it rebuilds every patch from the few that the encoder saw.
+"""The small transformer decoder of masked autoencoding: from the visible tokens to the values of all patches.
 
 Legend: B batch, N tokens, K kept tokens, P values of a patch, D the encoder's width, E the decoder's.
 """
@@ -14,13 +14,13 @@ from ssl_c2f.models.vit import ViTOptions, attention_mask, blocks, initialise, p
 
 
 def fill_gaps(tokens: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
-    """(B, K, E) tokens that stand at `kept` (B, K) -> (B, N, E): mask tokens between them, positions (N, E) added."""
+    """(B, K, E) tokens at the places `kept` (B, K) -> (B, N, E): mask tokens elsewhere, positions (N, E) added."""
     gaps = mask_token.to(tokens.dtype).expand(len(tokens), len(positions), -1)
     return gaps.scatter(1, kept[..., None].expand_as(tokens), tokens) + positions.to(tokens.dtype)
 
 
 class Decoder(nn.Module):
-    """Mask tokens fill the gaps, positions say where, blocks mix, a linear head gives the values of each patch."""
+    """Mask tokens at the masked places, positions, transformer blocks, and a linear head for each patch."""
 
     positions: Tensor
 
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         """(B, num_prefix + K, D) encoded tokens -> (B, N, P) predictions.
 
         Args:
-            kept: (B, K) where the encoded tokens stand.
+            kept: (B, K) places of the encoded tokens.
             valid: (B, N) bool, False where a token is padding; None if none is.
         """
         x = self.embed(tokens)

@@ -1,4 +1,4 @@
-"""Reading a clip's features out of its tokens, and classifying them.
+"""Pooling the tokens of a clip into one feature vector, and classification heads.
 
 Legend: B batch, K tokens, D width, C classes.
 """
@@ -17,12 +17,12 @@ HeadKind = Literal["mean_pool", "class_token", "ast", "linear"]
 
 
 def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout, prefix: int) -> Tensor:
-    """(B, prefix + K, D), class tokens first -> (B, D), or (B, 2 D) for mean_std. Padding (valid False) has no share.
+    """(B, prefix + K, D), class tokens first -> (B, D), or (B, 2 D) for mean_std. Padding (valid False) is left out.
 
     `class_token` is the mean of the class tokens, where there are two.
 
     Raises:
-        UserError: there is none.
+        UserError: the encoder has no class token.
     """
     if kind == "class_token":
         if not prefix:
@@ -39,12 +39,12 @@ def read_out(tokens: Tensor, valid: Tensor | None, kind: Readout, prefix: int) -
 
 
 class Head(nn.Module):
-    """A linear classifier. `mean_pool` normalises the mean of the tokens, `class_token` takes that token (the encoder's
-    final norm has seen it), `ast` normalises the mean of the class tokens (Gong et al., "AST", Interspeech 2021),
-    `linear` standardises the mean feature without parameters of its own: the probe of a frozen encoder (LayerNorm in
-    place of MAE's BatchNorm, so that a clip's logits never depend on its batch).
+    """A linear classifier on a normalised feature vector. `mean_pool`: LayerNorm of the mean token. `class_token`: that
+    token, which the encoder's final norm has normalised. `ast`: LayerNorm of the mean of the class tokens (Gong et al.,
+    "AST", Interspeech 2021). `linear`: the probe of a frozen encoder, a LayerNorm without parameters of the mean token
+    (in place of MAE's BatchNorm, so that a clip's logits do not depend on its batch).
 
-    Without classes it has no weights: what an encoder that was imported alone comes with."""
+    With no classes it has no weights: for encoders that were imported without a classifier."""
 
     def __init__(self, kind: HeadKind, width: int, num_classes: int, prefix: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The HTS-AT encoder: time folded into an image, and timm's Swin blocks over ever fewer and wider tokens.
+"""The HTS-AT encoder: time folded into an image, and stages of timm's Swin blocks with ever fewer and wider tokens.
 
 Chen, Du, Zhu, Ma, Berg-Kirkpatrick, Dubnov, "HTS-AT: A Hierarchical Token-Semantic Audio Transformer for Sound
-Classification and Detection", ICASSP 2022 (arXiv 2202.00874), on Liu et al., "Swin Transformer", ICCV 2021. What it has
-beside that encoder (input batch norm, token-semantic head) is left to the input statistics and `heads.py`.
+Classification and Detection", ICASSP 2022 (arXiv 2202.00874), on Liu et al., "Swin Transformer", ICCV 2021. Its input
+batch norm is replaced by the input statistics, its token-semantic head by `heads.py`.
 
 Legend: B batch, (F', T') grid of N tokens, P values of a patch, (H, W) folded grid, D width of a stage, K final tokens.
 """
@@ -25,7 +25,7 @@ from ssl_c2f.models.vit import initialise
 
 
 class HTSATOptions(Options):
-    """The hierarchical encoder, of one width, depth and number of heads for each stage; published sizes by default."""
+    """The hierarchical encoder: width, depth and heads for each stage. Defaults are the published sizes."""
 
     name: Literal["htsat"] = "htsat"
     widths: tuple[int, ...] = Field((96, 192, 384, 768), min_length=1, max_length=6)
@@ -34,7 +34,7 @@ class HTSATOptions(Options):
     mlp_ratio: float = Field(4.0, gt=0)
     patch_f: int = Field(4, ge=1, description="mel bins")
     patch_t: int = Field(4, ge=1, description="frames at time factor 1")
-    window: int = Field(8, ge=1, description="tokens on a side that attend to each other; less where the grid is less")
+    window: int = Field(8, ge=1, description="tokens on a side that attend to each other; less in smaller grids")
     folds: int = Field(4, ge=1, le=64, description="bands that time is folded into, at most; a power of two")
     drop_path: float = Field(0.0, ge=0, lt=1, description="rate at the last block; it rises linearly with depth")
 
@@ -51,7 +51,7 @@ class HTSATOptions(Options):
 
     @property
     def width(self) -> int:
-        """Of the tokens that come out."""
+        """Of the output tokens."""
         return self.widths[-1]
 
     @property
@@ -109,8 +109,8 @@ def fold(cells: Tensor, geometry: Geometry) -> Tensor:
     """(B, N, ...) -> (B, H, W, ...): consecutive stretches of W columns one above the other, zeros behind the last.
 
     Cell (r, w) is the token of mel row r mod F' and column t = (r // F') W + w: mel bins from (r mod F') patch_f on and
-    frames from t patch_t on. Cutting patches first and folding then is the same as the published order, an image of
-    patch_f F' rows for each band that is cut afterwards.
+    frames from t patch_t on. Cutting patches first and folding them gives the same tokens as the published order,
+    in which the spectrogram is folded and then cut.
     """
     g = geometry
     width = g.folded[1]
@@ -123,13 +123,13 @@ def fold(cells: Tensor, geometry: Geometry) -> Tensor:
 class HTSAT(Encoder):
     """Patch embedding, folding, stages of Swin blocks with tokens merged 2 x 2 between them, final norm.
 
-    **Padding.** What comes after a clip's end, and the columns that fill the last band up, are 0 after normalisation:
-    the mean of the training set. Windows attend to them: a short clip gets the logits of a recording that goes on at
-    the mean level, always up to the geometry's clip and whatever its batch mates. Final tokens that hold nothing but
-    padding are left out of the read-out (`real`).
+    **Padding.** Frames after a clip's end, and columns that fill up the last band, are 0 after normalisation, which is
+    the mean of the training set. Windows attend to them, so a short clip has the logits of a recording that goes on at
+    the mean level up to the clip length; they do not depend on the other clips of the batch. Final tokens with nothing
+    but padding are left out of the pooling (`real`).
 
-    **Bands.** Merging never crosses a band's edge. Windows do, where they are shifted or higher than a band: they hold
-    the same place of neighbouring bands, W columns apart, as published.
+    **Bands.** Merging never crosses the edge of a band. Windows do, where they are shifted or higher than a band, and
+    then contain the same place of neighbouring bands, W columns apart, as published.
     """
 
     num_prefix = 0
@@ -158,7 +158,7 @@ class HTSAT(Encoder):
         self.apply(initialise)
 
     def forward(self, patches: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        """(B, N, P) -> (B, K, D) of the last stage, row by row. `valid` is not used: see the class."""
+        """(B, N, P) -> (B, K, D) of the last stage, row by row. `valid` is not used: see "Padding" above."""
         x = self.embed_norm(self.patch_embed(fold(patches, self.geometry)))
         for i, block in enumerate(self.blocks):
             if str(i) in self.merges:
@@ -168,7 +168,7 @@ class HTSAT(Encoder):
         return tokens
 
     def real(self, valid: Tensor | None) -> Tensor | None:
-        """(B, N) -> (B, K) bool: final tokens with something real in them. Where `valid` is None, no clip being short,
+        """(B, N) -> (B, K) bool: final tokens that cover something real. Where `valid` is None (no clip is short),
         (1, K) if the last band ends in tokens of nothing but padding, else None."""
         g = self.geometry
         if valid is None and g.folds * g.folded[1] - g.columns < g.merge:
@@ -180,9 +180,9 @@ class HTSAT(Encoder):
 def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
     """(windows, tokens of a window, the same) to add to attention's scores; None where all may attend to all.
 
-    A window that is shifted beyond an edge holds tokens of the opposite edge, which must not mix with those of this
-    one. timm's own mask is the same where windows divide the grid; elsewhere it mixes opposite edges and lets tokens
-    attend to the zeros that fill windows up.
+    A window that is shifted beyond an edge contains tokens of the opposite edge, which must not attend to those of this
+    one. timm's own mask does the same where windows divide the grid; elsewhere it mixes opposite edges and lets tokens
+    attend to the zeros that fill up windows.
     """
     parts = []
     for side, size, step in zip(grid, window, shift, strict=True):
@@ -196,7 +196,7 @@ def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int
 
 
 def _windows(grid: tuple[int, int], window: int) -> tuple[int, int]:
-    """Tokens in all windows, those that timm pads with included, and tokens of one."""
+    """Tokens of all windows, including those that timm pads with, and tokens of one window."""
     sides = [min(window, side) for side in grid]
     padded = [-(-side // part) * part for side, part in zip(grid, sides, strict=True)]
     return padded[0] * padded[1], sides[0] * sides[1]

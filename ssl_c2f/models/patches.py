@@ -1,4 +1,4 @@
-"""Cutting a spectrogram into patches, and where the patches stand.
+"""Cutting a spectrogram into patches, and sine-cosine positions of the patches.
 
 Legend: B batch, T frames, F mel bins, (F', T') grid, N = F' T' tokens (index f T' + t), P = patch_f patch_t values
 of a patch (index f patch_t + t), D width. Patches overlap where the geometry's stride is less than its patch.
@@ -32,7 +32,7 @@ def unpatchify(patches: Tensor, geometry: Geometry) -> Tensor:
 
 
 def real_values(num_frames: Tensor, geometry: Geometry) -> Tensor:
-    """(B,) real frames -> (B, N, P) bool: which values of the patches come from real frames."""
+    """(B,) numbers of real frames -> (B, N, P) bool: which values of the patches come from real frames."""
     frames = torch.arange(geometry.covered, device=num_frames.device)
     real = (frames < num_frames[:, None])[..., None].expand(-1, -1, geometry.num_mels)
     return patchify(real, geometry)

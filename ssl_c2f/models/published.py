@@ -1,4 +1,5 @@
-"""Weights that others published, and ours in the names that others read: names, axes and the order of tokens.
+"""Published checkpoints (AST, SSAST, AudioMAE, transformers, timm): their names, axes and order of tokens to ours, and
+ours to those of transformers.
 
 Names and layouts were read off the published code: AST (github.com/YuanGongND/ast; Gong et al., Interspeech 2021),
 SSAST (github.com/YuanGongND/ssast; Gong et al., AAAI 2022), AudioMAE (github.com/facebookresearch/AudioMAE; Huang et
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from ssl_c2f.core.options import UserError
 
-AUDIOSET = (-4.2677393, 4.5689974)  # mean and deviation of its log-mel: AST, SSAST and AudioMAE normalise with them
+AUDIOSET = (-4.2677393, 4.5689974)  # mean and std of its log-mel, with which AST, SSAST and AudioMAE normalise
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Kind:
     name: str
     licence: str
     source: str
-    signs: tuple[str, ...]  # names that it has and the kinds behind it in the table do not all have
-    renames: tuple[tuple[str, str], ...] = ()  # into timm's names, which the encoder's blocks share with ours
-    heads: tuple[tuple[str, str], ...] = ()  # into ours, taken over as they are
-    dropped: tuple[str, ...] = ()  # what it may have besides, and nobody needs
+    signs: tuple[str, ...]  # names of tensors: the first kind of KINDS whose signs are all there is taken
+    renames: tuple[tuple[str, str], ...] = ()  # to timm's names, which our blocks have too
+    heads: tuple[tuple[str, str], ...] = ()  # to ours; tensors are copied
+    dropped: tuple[str, ...] = ()  # what it may have and is not needed
 
 
 _AST_HEAD = ((r"mlp_head\.0\.(weight|bias)", r"head.norm.\1"), (r"mlp_head\.1\.(weight|bias)", r"head.classifier.\1"))
@@ -98,12 +99,12 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a state dict does not tell; None stands for what its kind has as a rule."""
+    """What a state dict does not say; None: what is usual for its kind."""
 
     num_mels: int = 128
     stride: tuple[int | None, int | None] = (None, None)  # mel bins, frames
     heads: int | None = None
-    num_frames: int = 1024  # of which an image's positions are spread over
+    num_frames: int = 1024  # that the positions of an image are spread over
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ class Published:
 
 
 def recognise(state: Mapping[str, Tensor]) -> Kind:
-    """Which kind the names (without `module.`) are of.
+    """The kind that has these names (without `module.`).
 
     Raises:
-        UserError: none that is known.
+        UserError: no kind that is known.
     """
     kernel = next((t for name, t in state.items() if name.endswith("patch_embed.proj.weight")), None)
     names = [*state, *(["one channel"] if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 1 else [])]
@@ -140,7 +141,7 @@ def recognise(state: Mapping[str, Tensor]) -> Kind:
 def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
     """Recognise a state dict and bring it into our names, axes and order of tokens.
 
-    Class tokens get the positions that were added to them. What is ours is float32.
+    The positions of the class tokens are added to them. All results are float32.
 
     Raises:
         UserError: no known kind, a name that its kind does not have, or a tensor that is missing or of another shape.
@@ -185,14 +186,14 @@ def convert(state: Mapping[str, Tensor], facts: Facts = Facts()) -> Published:
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dict, and what lies beside it where a training loop kept it under `model.` (`module.` is DDP's)."""
+    """The state dict, and what is beside it where a training loop kept it under `model.` (`module.` is DDP's)."""
     inside = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     beside = {name: tensor for name, tensor in state.items() if inside and not name.startswith("model.")}
     return {name.removeprefix("module."): tensor for name, tensor in (inside or state).items()}, beside
 
 
 def _sorted(kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of the encoder (timm's names), of the heads (ours), and what is dropped (its own)."""
+    """Tensors of the encoder (timm's names), of the heads (our names), and dropped ones (names in the file)."""
     encoder: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
@@ -216,7 +217,7 @@ _TIMM = (
 )
 
 
-# Of what is reckoned with before our own model is there to compare with. D is the width; the rest is any number
+# Of tensors whose sizes are used before our model is built and compared. D is the width; other letters are any number
 _SHAPES = (
     (r"patch_embed\.proj\.weight", "D C F T"), ("cls_token|dist_token", "1 1 D"), ("pos_embed", "1 N D"),
     (r"blocks\.\d+\.mlp\.fc1\.weight", "H D"), (r"blocks\.\d+\.attn\.[qkv]\.weight", "D D"),
@@ -243,7 +244,7 @@ _BLOCK = [f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2
 
 
 def _complete(kind: Kind, encoder: Mapping[str, Tensor]) -> None:
-    """Blocks count from 0 on, and none lacks a part."""
+    """Raises UserError: blocks are not numbered from 0 on, or one lacks a tensor."""
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
     wanted = (f"blocks.{i}.{part}" for i in range(max(depth, 1)) for part in _BLOCK)
     if lost := next((name for name in wanted if name not in encoder), None):
@@ -285,8 +286,8 @@ def _kernel(kind: Kind, kernel: Tensor, how: dict[str, str]) -> tuple[Tensor, tu
 def _stride(
     kind: Kind, num_tokens: int, patch: tuple[int, int], facts: Facts, how: dict[str, str]
 ) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """From patch to patch. AST's file does not say; its recipe is 10, unless the number of tokens speaks against it,
-    and the same both ways."""
+    """Mel bins and frames to the next patch. A file of AST does not say: its recipe is 10 in both directions, which is
+    taken unless it does not fit the number of tokens."""
     (f, t), (high, long) = facts.stride, patch
     if f and t:
         return (f, t), ()
@@ -310,7 +311,7 @@ def _stride(
 def _positions(
     kind: Kind, table: Tensor, rows: int, patch: tuple[int, int], facts: Facts, how: dict[str, str]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(1, N, D) in the order of the kind -> ours, and the grid."""
+    """(1, N, D) in the kind's order of tokens -> (N, D) in ours, and the grid."""
     table = table[0]
     if kind is TIMM:
         columns = facts.num_frames // patch[1]
@@ -328,7 +329,7 @@ def _positions(
 
 
 def _from_image(table: Tensor, rows: int, columns: int, how: dict[str, str]) -> Tensor:
-    """An image's positions for a spectrogram, as AST does it: the middle rows, and columns stretched over time."""
+    """Positions of an image for a spectrogram, as in AST: the middle rows, and columns stretched over time."""
     side = int(len(table) ** 0.5)
     if side * side != len(table):
         raise UserError(f"timm ViT: {len(table)} positions are no square")
@@ -342,7 +343,7 @@ def _from_image(table: Tensor, rows: int, columns: int, how: dict[str, str]) -> 
 def to_hf(state: Mapping[str, Tensor], patch: tuple[int, int], positions: Tensor) -> dict[str, Tensor]:
     """Ours (two class tokens, `ast` head) in the names that transformers 4 and 5 both load.
 
-    Class tokens keep the positions that are in them: their rows of the table are 0. `positions` are (N, D).
+    Class tokens contain their positions, so their rows of the table are 0. `positions` are (N, D).
     """
     stem = "audio_spectrogram_transformer."
     cls = state["encoder.cls_token"]

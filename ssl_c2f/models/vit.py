@@ -1,4 +1,4 @@
-"""The ViT encoder: timm's blocks over the tokens that are kept, and no others.
+"""The ViT encoder: timm's blocks, over all tokens or over the kept ones alone.
 
 Legend: B batch, N tokens, K kept tokens, P values of a patch, D width.
 """
@@ -22,7 +22,7 @@ Positions = Literal["sincos", "learned"]
 
 
 class ViTOptions(Options):
-    """The ViT encoder, and the patch of the fine phase (other phases may set their own)."""
+    """The ViT encoder, and its patch at time factor 1 (phases may set their own)."""
 
     name: Literal["vit"] = "vit"
     width: int = Field(192, ge=4)
@@ -57,7 +57,7 @@ class ViTOptions(Options):
         return ViT(self, geometry)
 
     def costs(self, geometry: Geometry, tokens: int | None = None, passes: float = 3.0) -> list[cost.Part]:
-        """No gradient flows into the spectrogram. Class tokens are not counted among the tokens, but in the cost."""
+        """No gradient flows into the spectrogram. Class tokens have a cost, but are not counted as tokens."""
         kept = geometry.num_tokens if tokens is None else tokens
         embedding = cost.linear(kept, geometry.patch_dim, self.width)
         blocks = cost.transformer(kept + self.class_tokens, self.width, self.depth, self.mlp_ratio)
@@ -91,9 +91,9 @@ def initialise(module: nn.Module) -> None:
 
 
 def attention_mask(valid: Tensor | None, prefix: int = 1) -> Tensor | None:
-    """(B, K) bool -> (B, 1, 1, prefix + K) to add to attention's scores: nobody attends to padding. None if none is.
+    """(B, K) bool -> (B, 1, 1, prefix + K) to add to attention scores: none attends to padding. None: there is none.
 
-    Fused attention takes a mask of bools too, but where it is switched off, timm 1.0.20 would add those as ones.
+    Fused attention takes a bool mask too, but timm 1.0.20 without fused attention would add it as ones.
     """
     if valid is None:
         return None
@@ -102,7 +102,7 @@ def attention_mask(valid: Tensor | None, prefix: int = 1) -> Tensor | None:
 
 
 def position_table(geometry: Geometry, width: int, kind: Positions) -> Tensor:
-    """(N, D): a buffer that transfer regenerates (sincos) or a parameter that transfer interpolates (learned)."""
+    """(N, D): computed anew for each geometry (sincos), or a parameter that `transfer` interpolates (learned)."""
     if kind == "sincos":
         return sincos_positions(geometry, width)
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(geometry.num_tokens, width), std=0.02))
@@ -134,11 +134,9 @@ class ViT(Encoder):
         """(B, N, P) -> (V B, num_prefix + K, D), class tokens first; V views of a clip, 1 unless `kept` has more rows.
 
         Args:
-            kept: (V B, K) indices of the tokens to encode, view after view; None is all of them. Only these are ever
-                embedded.
-            valid: (V B, K) bool, False where a token is padding; None if none is.
-            hidden: (B, N) bool, and the (1, 1, D) embedding that such tokens get in place of their own; with all tokens
-                only.
+            kept: (V B, K) indices of the tokens to encode, view after view; None: all. No other token is embedded.
+            valid: (V B, K) bool, False where a token is padding; None: no token is.
+            hidden: (B, N) bool, and the (1, 1, D) embedding that replaces these tokens; only where `kept` is None.
         """
         x, mask = self.tokens(patches, kept, hidden), attention_mask(valid, self.num_prefix)
         for block in self.blocks:
@@ -147,7 +145,7 @@ class ViT(Encoder):
         return encoded
 
     def layers(self, patches: Tensor, valid: Tensor | None = None) -> list[Tensor]:
-        """(B, N, P) -> what each block gives, (B, num_prefix + N, D), before the final norm."""
+        """(B, N, P) -> the output (B, num_prefix + N, D) of each block, before the final norm."""
         x, mask, found = self.tokens(patches), attention_mask(valid, self.num_prefix), []
         for block in self.blocks:
             x = block(x, attn_mask=mask)
@@ -157,7 +155,7 @@ class ViT(Encoder):
     def tokens(
         self, patches: Tensor, kept: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """What the first block gets, (V B, num_prefix + K, D); arguments as for `forward`."""
+        """The input (V B, num_prefix + K, D) of the first block; arguments as for `forward`."""
         positions = self.positions
         if kept is not None:
             clips, size = len(patches), patches.shape[-1]

@@ -1,4 +1,4 @@
-"""Objectives: an encoder and its heads, from a batch to a loss. Adding one is a file, and its options in the union."""
+"""Objectives: an encoder and its heads, from a batch to a loss. A new one is a file, and its options in the union."""
 
 from __future__ import annotations
 

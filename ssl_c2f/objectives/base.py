@@ -1,4 +1,4 @@
-"""What every objective is and gives back. A new one is its options and its loss; all else has a default here.
+"""The interface of objectives. A new one has to give its options and its loss; all else has a default here.
 
 Legend: B batch, T frames, F mel bins, N tokens, P values of a patch, D width.
 """
@@ -30,7 +30,7 @@ from ssl_c2f.models.vit import ViTOptions
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss over the batch's clips (each weighs the same, however long it is) and named means beside it."""
+    """The loss: a mean over the clips of the batch, each with the same weight however long it is. And further means."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -39,8 +39,8 @@ class StepResult:
 class Objective(nn.Module, ABC):
     """An encoder and its heads, from a batch to a loss. It knows nothing of devices, DDP, optimisers or checkpoints."""
 
-    comparable_loss = True  # whether the loss may be compared between phases, and so be validated
-    encoder: Any  # an Encoder, or what a subclass needs of it; this is what is carried over, probed and fine-tuned
+    comparable_loss = True  # whether losses may be compared between phases: only then are they validated
+    encoder: Any  # an Encoder; it is carried over to the next phase, probed and fine-tuned
 
     def __init__(self, model: EncoderOptions, geometry: Geometry) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> StepResult:
-        """The loss, and what is logged beside it."""
+        """The loss and the metrics to log."""
 
     def after_step(self, u: float) -> None:
         """Called after each step of the optimiser, at the fraction `u` of the run."""
@@ -67,14 +67,14 @@ class Objective(nn.Module, ABC):
 
 
 class ObjectiveOptions(Options, ABC):
-    """The options of an objective, found by their `name`."""
+    """The options of an objective, chosen by `objective.name`."""
 
     mask_shape: ClassVar[Shape] = "uniform"  # unless mask.shape says otherwise
     name: str
 
     @property
     def num_masks(self) -> int:
-        """Masks that are drawn for each clip; 0: the objective sees all of it."""
+        """Masks to draw for each clip; 0: the objective sees whole clips."""
         return 1
 
     @abstractmethod
@@ -82,19 +82,19 @@ class ObjectiveOptions(Options, ABC):
         """The objective in a geometry, freshly initialised from torch's global generator."""
 
     def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
-        """Costs of one clip in one training step: counted, where no formula replaces this."""
+        """Costs of one clip in one training step. By default they are counted (see `count_cost`)."""
         return [count_cost(self, model, geometry, mask_ratio, num_classes)]
 
 
 def vit(model: EncoderOptions) -> ViTOptions:
-    """The encoder that can leave tokens out, as masked objectives need it; `RunOptions` lets them have no other."""
+    """The ViT, which can leave tokens out as masked objectives need it. `Recipe` refuses others."""
     assert isinstance(model, ViTOptions)
     return model
 
 
 def pictures_of(batch: Batch, masked: Tensor | None, reconstruction: Tensor | None = None) -> dict[str, Tensor]:
-    """Spectrograms (B, T, F): the input, what of it is not `masked` (B, N) with NaN elsewhere, and, given as patches
-    (B, N, P), the reconstruction."""
+    """Spectrograms (B, T, F): the input, its tokens that are not `masked` (B, N) with NaN elsewhere, and the
+    reconstruction, which is given as patches (B, N, P)."""
     pictures = {"input": batch.spec[:, : batch.geometry.covered]}
     if masked is not None:
         kept = patchify(batch.spec, batch.geometry).masked_fill(masked[..., None], torch.nan)
@@ -108,10 +108,10 @@ def pictures_of(batch: Batch, masked: Tensor | None, reconstruction: Tensor | No
 def count_cost(
     options: ObjectiveOptions, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int
 ) -> cost.Part:
-    """What PyTorch's counter says of one clip in one training step, and how many tokens the encoder learns from.
+    """FLOPs of one clip in one training step as PyTorch counts them, and the tokens that are encoded with gradients.
 
-    Nothing is computed, since fake tensors have sizes and no values: a loss that asks for one (`.item()`) needs a
-    formula. A batch has two clips, so that what compares clips counts as well.
+    Nothing is computed: fake tensors have sizes but no values, so a loss that needs a value (`.item()`) has to override
+    `costs` with a formula. The batch has two clips, so that losses that compare clips are counted too.
     """
     with torch.random.fork_rng([]):
         objective = options.build(model, geometry, num_classes).train()
@@ -125,7 +125,7 @@ def count_cost(
     objective.encoder.register_forward_hook(look)
     mapping = {torch.ops.aten.convolution_backward: _grouped_convolution_backward}
     with (
-        FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH),  # others are not counted on a CPU
+        FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH),  # CPUs' fused attention counts as 0
         FlopCounterMode(display=False, custom_mapping=mapping) as counter,
     ):
         loss = objective(_empty_batch(geometry, options.num_masks, mask_ratio, num_classes, clips)).loss
@@ -135,7 +135,7 @@ def count_cost(
 
 
 def _empty_batch(geometry: Geometry, num_masks: int, mask_ratio: float, num_classes: int, clips: int) -> Batch:
-    """Full-length clips with masks, of no values in particular."""
+    """Full-length clips with masks; values are undefined."""
     tokens = geometry.num_tokens
     kept = torch.empty(clips, tokens - num_masked(tokens, mask_ratio), dtype=torch.int64)
     masked = torch.empty(clips, tokens, dtype=torch.bool)
@@ -145,5 +145,5 @@ def _empty_batch(geometry: Geometry, num_masks: int, mask_ratio: float, num_clas
 
 
 def _grouped_convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-    """One product for the input, one for the weights. PyTorch's counter takes the latter for a dense convolution's."""
+    """One product for the input and one for the weights; PyTorch's counter takes the latter for that of a dense one."""
     return int(sum(rest[-1][:2]) * 2 * grad.numel() * weight[1:].numel())

@@ -1,4 +1,4 @@
-"""Latent prediction: say what a slow copy of the encoder, which sees the whole clip, makes of the hidden parts.
+"""Latent prediction: predict an EMA teacher's features of the masked tokens. The teacher sees the whole clip.
 
 As in data2vec 2.0 (Baevski et al., ICML 2023, arXiv 2212.07525: several views per clip for one teacher's encoding,
 inverse-block masks, targets averaged over layers), EAT (Chen et al., IJCAI 2024, arXiv 2401.03497: the clip-level loss)
@@ -33,11 +33,11 @@ class LatentOptions(ObjectiveOptions):
 
     mask_shape: ClassVar[Shape] = "inverse_block"
     name: Literal["latent"] = "latent"
-    views: int = Field(4, ge=1, description="masked views of each clip, for one encoding of the teacher's")
-    target_layers: int = Field(8, ge=1, description="the teacher's last blocks that are averaged; all, if it has less")
-    clip_weight: float = Field(1.0, ge=0, description="of the clip-level loss")
+    views: int = Field(4, ge=1, description="masked views of a clip; the teacher encodes it once for all")
+    target_layers: int = Field(8, ge=1, description="the teacher's last blocks, whose outputs are averaged")
+    clip_weight: float = Field(1.0, ge=0, description="weight of the clip-level loss")
     decay: tuple[float, float] = Field((0.999, 0.9999), description="the teacher's, at the start and after the ramp")
-    decay_ramp: float = Field(0.3, gt=0, le=1, description="share of the run over which the decay rises")
+    decay_ramp: float = Field(0.3, gt=0, le=1, description="fraction of the run over which the decay rises")
     decoder_width: int = Field(128, ge=4, multiple_of=4)
     decoder_depth: int = Field(6, ge=1)
     decoder_groups: int = Field(16, ge=1, description="of its convolutions; a divisor of its width")
@@ -64,7 +64,7 @@ class LatentOptions(ObjectiveOptions):
         return Latent(vit(model), self, geometry)
 
     def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
-        """The student's for every view, and the teacher's once, forward only."""
+        """The student for every view, and the teacher once, forward only."""
         kept = geometry.num_tokens - num_masked(geometry.num_tokens, mask_ratio)
         decoder = conv_decoder_cost(
             model.width, self.decoder_width, self.decoder_depth, self.decoder_groups, geometry, kept
@@ -78,13 +78,13 @@ class LatentOptions(ObjectiveOptions):
 
 
 def teacher_decay(options: LatentOptions, u: float) -> float:
-    """The share of itself that the teacher keeps in a step, at the fraction `u` of the run."""
+    """The EMA decay of the teacher at the fraction `u` of the run."""
     first, last = options.decay
     return first + (last - first) * min(u / options.decay_ramp, 1.0)
 
 
 def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, N, D) -> mean 0 and deviation 1 over the real tokens of each clip, channel by channel."""
+    """(B, N, D) -> mean 0 and std 1 over the real tokens of each clip, channel by channel."""
     weight = torch.ones_like(x[..., :1]) if valid is None else valid[..., None].to(x.dtype)
     count = weight.sum(1, keepdim=True)
     mean = (x * weight).sum(1, keepdim=True) / count
@@ -93,13 +93,13 @@ def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class Latent(Objective):
-    """Encoder of what each view keeps, convolutional decoder of all; teacher of the whole clip.
+    """Encoder of the visible tokens of each view, convolutional decoder of all tokens, teacher of the whole clip.
 
-    The loss is the mean squared error of the masked tokens' targets, and of the clip's own target, which the class
-    token is asked for. What the teacher makes of the clip is shared by all views, as the spectrogram is.
+    The loss is the mean squared error of the predicted features of masked tokens, plus that of the clip's feature,
+    which is predicted from the class token. All views share the teacher's encoding.
     """
 
-    comparable_loss = False  # the teacher moves, and the targets with it
+    comparable_loss = False  # the teacher changes, and the targets with it
     encoder: ViT
 
     def __init__(self, model: ViTOptions, options: LatentOptions, geometry: Geometry) -> None:
@@ -121,11 +121,11 @@ class Latent(Objective):
 
     @torch.no_grad()
     def targets(self, patches: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the teacher makes of whole clips, (B, N, P) -> targets of tokens (B, N, D) and of clips (B, D), and its
+        """The teacher's encoding of whole clips, (B, N, P) -> targets of tokens (B, N, D) and of clips (B, D), and its
         features (B, D).
 
-        Tokens: the mean of the last layers, each normalised over the clip. That takes the clip's own mean away, so a
-        clip's target is the mean of the layers as they are, over the real tokens, and normalised over its channels.
+        A token's target is the mean of the last layers, each normalised over the clip. This removes the clip's mean, so
+        the clip's target is the mean over layers and real tokens without that norm, normalised over its channels.
         """
         layers = self.teacher.layers(patches, valid)
         used = [layer.float() for layer in layers[-self.options.target_layers :]]
@@ -146,8 +146,8 @@ class Latent(Objective):
         error = (predicted - tokens.repeat(self.options.views, 1, 1)).square().mean(-1) * masked
         # a short clip may be a single token, which is never masked
         token_loss = (error.sum(1) / masked.sum(1).clamp(min=1)).mean()
-        told = self.clip_head(encoded[:, :prefix].mean(1)).float()
-        clip_loss = (told - clips.repeat(self.options.views, 1)).square().mean()
+        predicted_clips = self.clip_head(encoded[:, :prefix].mean(1)).float()
+        clip_loss = (predicted_clips - clips.repeat(self.options.views, 1)).square().mean()
         return StepResult(token_loss + self.options.clip_weight * clip_loss, {
             "token_loss": token_loss.detach(), "clip_loss": clip_loss.detach(),
             "std_of_l2_normalized": spread_of(features),
@@ -155,14 +155,14 @@ class Latent(Objective):
 
     @torch.no_grad()
     def after_step(self, u: float) -> None:
-        """The teacher follows."""
+        """EMA update of the teacher."""
         decay = teacher_decay(self.options, u)
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - decay)
 
 
 def spread_of(features: Tensor) -> Tensor:
-    """How far apart clips are, (B, D) -> (): 0 is collapse, 1 / sqrt(D) are directions without any order (Chen & He,
-    CVPR 2021). NaN for a single clip, which tells nothing."""
+    """Std of the L2-normalised features of clips, (B, D) -> (): 0 is collapse, 1 / sqrt(D) random directions (Chen & He,
+    CVPR 2021). NaN for a single clip."""
     if len(features) < 2:
         return features.new_tensor(torch.nan)
     spread: Tensor = std_of_l2_normalized(features)

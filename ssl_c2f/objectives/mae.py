@@ -1,4 +1,4 @@
-"""Masked autoencoding: rebuild the patches that the encoder did not see.
+"""Masked autoencoding: reconstruct the masked patches from the visible ones.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022; for audio Huang et al., "Masked Autoencoders
 that Listen", NeurIPS 2022. Legend: B batch, N tokens, K kept tokens, P values of a patch, D width.
@@ -25,14 +25,14 @@ from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult, pic
 
 
 class MAEOptions(ObjectiveOptions):
-    """The decoder is thin: at 8 x 512 it would cost more than the encoder that it trains."""
+    """The decoder is small: one of 8 x 512 would cost more than the encoder."""
 
     mask_shape: ClassVar[Shape] = "uniform"
     name: Literal["mae"] = "mae"
     decoder_width: int = Field(128, ge=4, multiple_of=4)
     decoder_depth: int = Field(2, ge=0)
     decoder_heads: int = Field(4, ge=1)
-    norm_targets: bool = Field(False, description="standardise each target patch by its own mean and deviation")
+    norm_targets: bool = Field(False, description="normalise each target patch by its own mean and std")
 
     @model_validator(mode="after")
     def _whole_heads(self) -> MAEOptions:
@@ -50,7 +50,7 @@ class MAEOptions(ObjectiveOptions):
 
 
 class MAE(Objective):
-    """Encoder of the kept patches, decoder of all, mean squared error on the masked ones."""
+    """Encoder of the visible patches, decoder of all, mean squared error of the masked ones."""
 
     encoder: ViT
 
@@ -60,7 +60,7 @@ class MAE(Objective):
         self.decoder = Decoder(model, options.decoder_width, options.decoder_depth, options.decoder_heads, geometry)
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predictions (B, N, P), and what they are compared with (B, N, P)."""
+        """Predictions and targets, (B, N, P) each."""
         mask, patches = batch.masks[0], patchify(batch.spec, batch.geometry)
         encoded = self.encoder(patches, mask.kept, mask.kept_valid if batch.short else None)
         predictions = self.decoder(encoded, mask.kept, batch.valid)
@@ -84,7 +84,7 @@ class MAE(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Spectrograms (B, T, F): the input, what of it was kept (NaN elsewhere), and the reconstruction."""
+        """Spectrograms (B, T, F): the input, its visible part (NaN elsewhere), and the reconstruction."""
         predictions, targets = self.predict(batch)
         masked = batch.masks[0].masked
         return pictures_of(batch, masked, torch.where(masked[..., None], predictions.float(), targets))

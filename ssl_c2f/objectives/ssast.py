@@ -1,4 +1,4 @@
-"""SSAST: tell each hidden patch from the others of its clip, and draw it.
+"""SSAST: classify each masked patch among those of its clip (InfoNCE), and reconstruct it.
 
 Gong et al., "SSAST: Self-Supervised Audio Spectrogram Transformer", AAAI 2022, section 2.3 (equations 1 to 3), and its
 published code, github.com/YuanGongND/ssast. Legend: B batch, N tokens, M masked tokens, P values of a patch, D width.
@@ -28,13 +28,13 @@ Softmax = Literal["targets", "predictions"]
 
 
 class SSASTOptions(ObjectiveOptions):
-    """Defaults are sound and cheap; `passes: two`, `softmax: predictions` and `mask.shape=one_way_cluster` are what the
-    published code does."""
+    """The published code does `passes: two`, `softmax: predictions` and `mask.shape=one_way_cluster`; the defaults are
+    cheaper and without its faults."""
 
     mask_shape: ClassVar[Shape] = "cluster"
     name: Literal["ssast"] = "ssast"
     passes: Literal["one", "two"] = Field("one", description="two: a pass and a mask of its own for each loss")
-    softmax: Softmax = Field("targets", description="targets: for each prediction, over the clip's hidden patches")
+    softmax: Softmax = Field("targets", description="targets: for each prediction, over the clip's masked patches")
     mse_weight: float = Field(10.0, ge=0)
 
     @property
@@ -55,32 +55,32 @@ class SSASTOptions(ObjectiveOptions):
 
 @dataclass(frozen=True)
 class Matches:
-    """How well predictions find their own patch, a value for each clip (B,)."""
+    """How well predictions identify their own patch, a value for each clip (B,)."""
 
     nce: Tensor  # InfoNCE, in nats
     accuracy: Tensor
-    count: Tensor  # K, the patches to choose from: chance is an nce of ln K and an accuracy of 1 / K
+    count: Tensor  # K, the patches to choose from: at chance, nce is ln K and accuracy 1 / K
 
 
 def match(predictions: Tensor, targets: Tensor, valid: Tensor, softmax: Softmax = "targets") -> Matches:
-    """InfoNCE over the hidden patches of each clip (SSAST, equation 1).
+    """InfoNCE over the masked patches of each clip (SSAST, equation 1).
 
     Args:
         predictions: (B, M, P).
         targets: (B, M, P); the similarity of a prediction and a target is their dot product.
-        valid: (B, M) bool, False where a row is only there to fill up a short clip.
+        valid: (B, M) bool, False for rows that fill up short clips.
         softmax: over the targets for each prediction, or over the predictions for each target, as SSAST's code does;
-            its accuracy then asks, of those softmaxes, which target gives a prediction the largest share.
+            the accuracy is then that of the target in whose softmax a prediction has the largest probability.
     """
     with torch.autocast(targets.device.type, enabled=False):  # sums over P values of a softmax's exponents
         scores = predictions.float() @ targets.float().mT  # (B, prediction, target)
     pairs = valid[:, :, None] & valid[:, None, :]
-    scores = scores.masked_fill(~pairs, -1e30)  # finite: rows of padding have nothing else
-    shares = scores.log_softmax(2 if softmax == "targets" else 1)
+    scores = scores.masked_fill(~pairs, -1e30)  # finite, since rows of padding contain nothing else
+    log_probability = scores.log_softmax(2 if softmax == "targets" else 1)
     count = valid.sum(1)
     own = torch.arange(valid.shape[1], device=valid.device)
-    right = (shares.masked_fill(~pairs, -torch.inf).argmax(2) == own) & valid
-    nce = -shares.diagonal(dim1=1, dim2=2).masked_fill(~valid, 0.0).sum(1)
+    right = (log_probability.masked_fill(~pairs, -torch.inf).argmax(2) == own) & valid
+    nce = -log_probability.diagonal(dim1=1, dim2=2).masked_fill(~valid, 0.0).sum(1)
     return Matches(nce / count.clamp(min=1), right.sum(1) / count.clamp(min=1), count)
 
 
@@ -91,16 +91,16 @@ def squared_error(predictions: Tensor, targets: Tensor, weight: Tensor) -> Tenso
 
 
 def head(width: int, patch_dim: int, last: Literal["to_match", "to_patch"]) -> nn.Sequential:
-    """Linear, ReLU, linear, (..., D) -> (..., P). The last layer's name says what it gives: what a patch is multiplied
-    with, or what it looks like; its rows are resized accordingly where the patch changes."""
+    """Linear, ReLU, linear, (..., D) -> (..., P). The last layer is named for its output, the patch or what a patch is
+    multiplied with: `transfer` resizes its rows accordingly where the patch changes."""
     layers = {"hidden": nn.Linear(width, width), "relu": nn.ReLU(), last: nn.Linear(width, patch_dim)}
     return nn.Sequential(OrderedDict(layers)).apply(initialise)
 
 
 class SSAST(Objective):
-    """Encoder of all tokens, the masked ones replaced by one learned embedding, and a head for each of the losses.
+    """Encoder of all tokens, with masked ones replaced by one learned embedding, and a head for each loss.
 
-    For those who bring published weights: `encoder` is `v`, `mask_token` is `mask_embed`, `match_head` is `cpredlayer`
+    In published weights, `encoder` is `v`, `mask_token` is `mask_embed`, `match_head` is `cpredlayer`
     and `draw_head` is `gpredlayer`, with `.hidden` for `.0` and `.to_match` or `.to_patch` for `.2`.
     """
 
@@ -114,7 +114,7 @@ class SSAST(Objective):
         self.draw_head = head(model.width, geometry.patch_dim, "to_patch")
 
     def encode(self, patches: Tensor, mask: Mask, batch: Batch) -> Tensor:
-        """(B, N, P) -> (B, N, D), of a clip whose masked patches are hidden."""
+        """(B, N, P) -> (B, N, D), with masked patches replaced."""
         encoded: Tensor = self.encoder(patches, valid=batch.valid, hidden=(mask.masked, self.mask_token))
         return encoded[:, self.encoder.num_prefix :]
 
@@ -138,14 +138,14 @@ class SSAST(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Spectrograms (B, T, F): the input, what of it was not hidden (NaN elsewhere), and the reconstruction."""
+        """Spectrograms (B, T, F): the input, its visible part (NaN elsewhere), and the reconstruction."""
         patches, mask = patchify(batch.spec, batch.geometry), batch.masks[-1]
-        drawn = self.draw_head(self.encode(patches, mask, batch)).float()
-        return pictures_of(batch, mask.masked, torch.where(mask.masked[..., None], drawn, patches))
+        predicted = self.draw_head(self.encode(patches, mask, batch)).float()
+        return pictures_of(batch, mask.masked, torch.where(mask.masked[..., None], predicted, patches))
 
 
 def masked_tokens(mask: Mask) -> tuple[Tensor, Tensor]:
-    """(B, M) indices of the masked tokens, ascending, M those of a full-length clip; and (B, M) bool, False where a
+    """(B, M) indices of the masked tokens, ascending, M as in a full-length clip; and (B, M) bool, False where a
     shorter clip has no more of them."""
     most = mask.masked.shape[1] - mask.kept.shape[1]
     index = mask.masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]

@@ -1,4 +1,4 @@
-"""Classification with labels: training from scratch, fine-tuning, and probes of a frozen encoder.
+"""Classification: training from scratch, fine-tuning, and linear probes of a frozen encoder.
 
 Legend: B batch, N tokens, C classes.
 """
@@ -22,7 +22,7 @@ from ssl_c2f.objectives.base import Objective, ObjectiveOptions, StepResult
 
 
 class SupervisedOptions(ObjectiveOptions):
-    """Single-label data are learned with cross-entropy, multi-label data with a sigmoid for each class."""
+    """Cross-entropy for single-label data, a sigmoid and binary cross-entropy for each class of multi-label data."""
 
     name: Literal["supervised"] = "supervised"
     head: HeadKind = Field("mean_pool", description="ast: mean of the class tokens; linear: a probe, encoder frozen")
@@ -76,6 +76,6 @@ class Supervised(Objective):
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """(B, C) probabilities: they sum to 1 with single labels, each class for itself with several."""
+        """(B, C) probabilities: a softmax over the classes with single labels, a sigmoid for each with several."""
         logits = self.logits(batch)
         return logits.softmax(1) if self.options.labels == "single" else logits.sigmoid()

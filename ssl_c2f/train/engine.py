@@ -1,6 +1,6 @@
-"""The loop: one for masked pretraining, supervised training and fine-tuning.
+"""The training loop: one for masked pretraining, supervised training and fine-tuning.
 
-Everything that is random is drawn from (seed, clip, step), so a checkpoint holds the step and no generator's state.
+All random numbers are drawn from (seed, clip) or (seed, step), so a checkpoint holds the step and no generator's state.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from ssl_c2f.train.weights import Weights
 
 @dataclass(frozen=True)
 class Step:
-    """What one step gave."""
+    """The result of one step."""
 
     names: tuple[str, ...]  # the loss, and the objective's metrics
-    means: Tensor  # of these over the device's share of the batch
+    means: Tensor  # of these over the device's part of the batch
     grad_norm: float
     lr: float
     waited: float  # seconds for data
 
 
 def train_step(run: Run, training: Training, loader: Iterator[Items], front_end: FrontEnd) -> Step:
-    """One step of the optimiser over the device's share of the global batch, in micro-batches."""
+    """One step of the optimiser on the device's part of the global batch, in micro-batches."""
     o, objective = run.options, training.objective
     phase, t, u = run.curriculum.lookup(training.step)
     lr = learning_rate(phase, t, o.optim.schedule)
@@ -120,7 +120,7 @@ def _autocast(run: Run) -> torch.autocast:
 
 @torch.no_grad()
 def _update_ema(training: Training, decay: float) -> None:
-    """A shorter memory at first, so that the random start is forgotten."""
+    """With a smaller decay in the first steps, so that the random initial weights are forgotten."""
     if training.ema is not None:
         decay = min(decay, (1 + training.step) / (10 + training.step))
         weights = training.objective.state_dict()
@@ -128,10 +128,11 @@ def _update_ema(training: Training, decay: float) -> None:
 
 
 def train_phase(run: Run, phase: Phase) -> None:
-    """Take one phase from where it stands on disk to its end.
+    """Train one phase from its newest checkpoint to its end.
 
     Raises:
-        Interrupted: a signal came; the state was saved. UserError: too many non-finite steps or unreadable files.
+        Interrupted: a signal came, and the training state was saved.
+        UserError: too many non-finite steps or unreadable files.
     """
     folder = run.phase_folder(phase)
     with Progress(
@@ -164,8 +165,8 @@ def _train(run: Run, training: Training, tracker: Tracker | None, progress: Prog
     loader = iter(make_loader(clips, batches, corpus.workers(phase.geometry)))
     all_flops = run.curriculum.counters(run.curriculum.steps)["flops"]
     logged, seconds, waited = training.step, 0.0, 0.0  # since the last line
-    if training.step > phase.first_step and _validation_due(run, phase, training.step):  # stopped before it
-        earlier = bool(run.stop.signum)  # a signal of before it began must not keep it from ever being done
+    if training.step > phase.first_step and _validation_due(run, phase, training.step):  # the run stopped before it
+        earlier = bool(run.stop.signum)  # a signal from before must not prevent the validation for ever
         _validate(run, training, tracker, progress.note, None if earlier else run.stop)
     while training.step < phase.last_step:
         began = time.perf_counter()
@@ -200,18 +201,18 @@ def _train(run: Run, training: Training, tracker: Tracker | None, progress: Prog
             save(run, training)
         if stopped and (due or not last):  # at the end of a phase there is nothing left to interrupt
             raise Interrupted(run.stop.signum or signal.SIGTERM, training.step)
-        if due:  # saved before: it takes longer than a scheduler may wait
+        if due:  # after the save: a scheduler that wants the machine back does not wait for it
             _validate(run, training, tracker, progress.note, run.stop)
 
 
 def _axes(run: Run, training: Training) -> dict[str, float | str]:
-    """What every figure is logged against."""
+    """The axes against which metrics are logged."""
     place: dict[str, float | str] = {"phase": training.phase.name, "step": training.step}
     return place | run.curriculum.counters(training.step) | {"train_seconds": training.train_seconds}
 
 
 def _share_bad_files(run: Run) -> None:
-    """Each process reads other clips; the main one names what any of them cannot read, and all keep to the limit."""
+    """Every process reads other clips: the main one lists the unreadable files of all, and the limit holds for all."""
     for seen in run.dist.gather_objects(run.corpus.bad.seen):
         run.corpus.bad.add(list(seen.items()))
 
@@ -227,10 +228,10 @@ def _validation_due(run: Run, phase: Phase, step: int) -> bool:
 def _validate(
     run: Run, training: Training, tracker: Tracker | None, note: Callable[[str], object], stop: Stop | None
 ) -> None:
-    """Rank 0 validates, if that is not on record yet, while the others wait.
+    """Rank 0 validates, unless that is logged already, and the others wait.
 
     Raises:
-        Interrupted: `stop` was set, which need not wait for its end: whoever goes on validates.
+        Interrupted: `stop` was set. The validation is dropped, and done again when the run is resumed.
     """
     stopped = False
     if tracker and not tracker.validated(training.step):

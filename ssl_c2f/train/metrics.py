@@ -15,16 +15,16 @@ from ssl_c2f.core import draws
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of clips whose highest score is their label: (n, C), (n, C) of 0 and 1."""
+    """Fraction of clips whose highest score is their label: (n, C), (n, C) of 0 and 1."""
     return float((scores.argmax(1) == labels.argmax(1)).float().mean())
 
 
 def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a share (Wilson, 1927); unlike the normal one it stays within 0 and 1."""
+    """Confidence interval of a proportion (Wilson, 1927); unlike the normal one it stays within 0 and 1."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share, spread = right / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    rate, spread = right / n, z * z / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
@@ -40,7 +40,7 @@ def multi_label(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
     d' = sqrt(2) times the normal quantile of the AUC, as in the AudioSet papers (Gemmeke et al., ICASSP 2017).
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score  # 2 s, which each job would pay
+    from sklearn.metrics import average_precision_score, roc_auc_score  # takes 2 s
 
     y, s = labels.numpy(), scores.double().numpy()
     usable = (y.sum(0) > 0) & (y.sum(0) < len(y))
@@ -57,10 +57,10 @@ def multi_label(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def map_interval(
     value: float, scores: Tensor, labels: Tensor, resamples: int = 200, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of a mean average precision: normal, with the deviation over resamples of the clips (bootstrap).
+    """Confidence interval of a mean average precision: normal, with the std over resamples of the clips (bootstrap).
 
-    Not their quantiles: a positive that is drawn twice ranks beside itself, so resamples score higher than what they
-    are drawn from. The draws are the same each time.
+    Quantiles of the resamples would be too high: a positive that is drawn twice ranks next to itself, so resamples
+    score higher than the clips they are drawn from. The draws are the same each time.
     """
     n = len(scores)
     drawn = draws.integers(draws.key("bootstrap", torch.arange(resamples)[:, None], torch.arange(n)), n)
@@ -76,13 +76,13 @@ def map_interval(
 def counted_precision(
     score: npt.NDArray[np.float64], label: npt.NDArray[np.bool_], counts: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float64]:
-    """(R,) average precision of a class where clip i is there counts[i, r] times: (n,), (n,), (n, R).
+    """(R,) average precision of a class where clip i occurs counts[i, r] times: (n,), (n,), (n, R).
 
     NaN where there are no positives or no negatives.
     """
     if not label.any():
         return np.full(counts.shape[1], np.nan)
-    levels = np.unique(score[label])[::-1]  # precision counts at the positives' scores alone
+    levels = np.unique(score[label])[::-1]  # precision is averaged over the positives' scores
     order = np.argsort(-score, kind="stable")
     starts = np.searchsorted(-score[order], -levels, side="right")  # behind the last clip of at least each level
     there = np.add.reduceat(counts[order], np.append(0, starts[starts < len(score)]), axis=0, dtype=np.int64).cumsum(0)

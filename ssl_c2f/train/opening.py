@@ -1,7 +1,4 @@
-"""Opening a run: a new folder, or one that is gone on with, and then only with what may be gone on with.
-
-All that can be known to be wrong before the first step is found here, in one line.
-"""
+"""Opening a run: create its folder, or check that the run in it can be resumed with these options and recordings."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from ssl_c2f.train.recipe import RunOptions, make_plan
 from ssl_c2f.train.state import Run
 from ssl_c2f.train.weights import Weights
 
-# What may change when a run is resumed, besides added phases: where it runs and how it is watched, not what it computes
+# Options that may change when a run is resumed, besides added phases: they do not change what is computed
 MAY_CHANGE = (
     "run_dir", "name", "folds", "folds.*",
     "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
@@ -54,7 +51,7 @@ def open_run(
     if dist.is_main:
         RunFolder.create(path, text)
         _check_recordings(folder, corpus)
-        write_text(folder.config, text)  # with what may change
+        write_text(folder.config, text)  # including the options that changed
         plan = make_plan(options, len(corpus.training), corpus.num_classes)
         write_json(folder.plan, plan.to_dict())
         for geometry in {*(phase.geometry for phase in curriculum.phases), options.fine_geometry}:
@@ -86,7 +83,7 @@ def _check_labels(options: RunOptions, corpus: Corpus) -> None:
 
 
 def _check_recordings(folder: RunFolder, corpus: Corpus) -> None:
-    """Refuse to resume on other recordings: the order of samples, and so the run, would be another."""
+    """Raises UserError: the recordings are not those the run began with, so the order of clips would differ."""
     facts = {
         "fingerprint": fingerprint(corpus.manifest), "clips": len(corpus.manifest.clips),
         "training": len(corpus.training), "held_out": len(corpus.held_out), "classes": list(corpus.manifest.classes),

@@ -18,25 +18,25 @@ class OptimOptions(Options):
     """AdamW, and a learning rate that restarts in every phase."""
 
     lr: float | None = Field(None, gt=0, description="peak, of phases that set none; 5e-4 if not given")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where the cosine ends, as a fraction of the peak")
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer learns at this share of the one above")
-    moments: Literal["keep", "reset"] = Field("keep", description="of same-shaped parameters at a phase boundary")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the lr from a layer to the one below")
+    moments: Literal["keep", "reset"] = Field("keep", description="optimiser state, at a phase boundary")
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter, as in BEiT's layer-wise decay: 0 embeddings, 1 ... depth the blocks (what
-    merges tokens goes with the block after it), depth + 1 the rest."""
+    """Layer of a parameter, as in BEiT's layer-wise decay: 0 embeddings, 1 ... depth the blocks (a layer
+    that merges tokens counts with the block after it), depth + 1 the rest."""
     if match := re.match(r"encoder\.(?:blocks|merges)\.(\d+)\.", name):
         return int(match[1]) + 1
     return depth + 1 if not name.startswith("encoder.") or name.startswith("encoder.norm") else 0
 
 
 def make_optimizer(objective: nn.Module, options: OptimOptions, depth: int) -> torch.optim.AdamW:
-    """Fused AdamW. Vectors (biases, norms), tokens, positions and position biases are not decayed.
+    """Fused AdamW. No weight decay on vectors (biases, norms), tokens, positions and relative position biases.
 
     Each group has an `lr_scale`."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -57,7 +57,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """The optimiser's state by parameter name."""
     return {
         name: optimizer.state[parameter]
@@ -67,8 +67,8 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     }
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]) -> int:
-    """Give parameters the saved state of their name where the shapes agree; returns how many took it."""
+def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]) -> int:
+    """Set the saved state of parameters of the same name and shape; returns for how many."""
     taken = 0
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -76,7 +76,7 @@ def restore_moments(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str,
             if state and state["exp_avg"].shape == parameter.shape:
                 device = parameter.device
                 optimizer.state[parameter] = {
-                    # fused AdamW wants its step counter beside the parameter
+                    # fused AdamW needs its step counter on the parameter's device
                     key: value.detach().clone().to(device) for key, value in state.items()
                 }
                 taken += 1

@@ -1,4 +1,4 @@
-"""Spectrograms as images: what a phase hears, what is hidden from it, and what it makes of that.
+"""Spectrograms as images: the input of a phase, its visible part, and the reconstruction.
 
 Legend: B batch, T frames, F mel bins. In the images time runs to the right, frequency upwards, and a cell is a pixel.
 """
@@ -29,8 +29,8 @@ from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.objectives import Objective
 
-LEVELS = 255  # colours of the scale; one more entry of the palette is for NaN
-NOTHING = (128, 128, 128)  # NaN: not kept
+LEVELS = 255  # colours of the scale; the palette has one more for NaN
+NOTHING = (128, 128, 128)  # of NaN
 # OKLab (a, b) of night, violet, rose, apricot and cream
 _ANCHORS = ((0.02, -0.05), (0.07, -0.14), (0.16, -0.02), (0.10, 0.11), (0.0, 0.05))
 _LISTEN_RATE = 16000  # Hz; every browser plays an MP3 of that rate
@@ -39,7 +39,7 @@ _MAX_COLUMNS = 1200  # a screen shows no more
 
 @cache
 def palette() -> npt.NDArray[np.uint8]:
-    """(256, 3) sRGB: equal steps of the scale are equal steps of OKLab lightness (Ottosson, 2020); NaN has the last."""
+    """(256, 3) sRGB: equal steps of the scale are equal steps of OKLab lightness (Ottosson, 2020). The last: NaN."""
     place = np.linspace(0.0, 1.0, LEVELS)
     a, b = (np.interp(place, np.linspace(0, 1, len(_ANCHORS)), axis) for axis in zip(*_ANCHORS, strict=True))
     lightness = 0.16 + 0.80 * place
@@ -59,7 +59,7 @@ def palette() -> npt.NDArray[np.uint8]:
 
 
 def value_range(spec: Tensor) -> tuple[float, float]:
-    """Where the colour scale begins and ends: all but the faintest and the loudest 1 % of the finite values."""
+    """Ends of the colour scale: the 1 % and 99 % quantiles of the finite values."""
     values = spec[spec.isfinite()]
     if not len(values):
         return 0.0, 1.0
@@ -151,6 +151,6 @@ def _save_sound(file: Path, corpus: Corpus, geometry: Geometry, clip: int) -> st
         sound = read_audio(place, _LISTEN_RATE, round(start * scale), round(geometry.clip_samples * scale))
         soundfile.write(stream, sound.numpy(), _LISTEN_RATE, format="MP3", subtype="MPEG_LAYER_III")
     except (AudioError, UserError, soundfile.LibsndfileError, RuntimeError):
-        return None  # a picture without sound is better than none
+        return None  # the picture is shown without its sound
     write_bytes(file, stream.getvalue())
     return file.name

@@ -1,7 +1,7 @@
-"""What W&B gets of a run besides its records: plan, transfer report, pictures, checkpoints with their lineage, scores.
+"""What W&B shows of a run besides its metrics: plan, transfer report, pictures, checkpoints with their lineage, scores.
 
-An artifact `model-ID` is the last checkpoint of the phase whose W&B run has that ID. The run of the next phase, and of
-every fine-tuning, uses it; offline, where W&B cannot say so, its config names it.
+The artifact `model-ID` is the last checkpoint of the phase whose W&B run has that ID. The run of the next phase, and of
+every fine-tuning, uses it; offline, where W&B cannot record that, the config of the run names it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 _MOST_ROWS = 1000  # of a table
-_SLOWEST = 2e6  # bytes a second at which an upload that was asked for is still waited for
-_UPLOADED = ("model.safetensors", "ema.safetensors", "state.json")  # the optimiser's moments are of use here only
+_SLOWEST = 2e6  # bytes per second: an upload that is slower is not waited for
+_UPLOADED = ("model.safetensors", "ema.safetensors", "state.json")  # not the optimiser state
 
 
 def make_tracker(run: Run, phase: Phase, step: int, note: Callable[[str], object]) -> Tracker | None:
@@ -65,7 +65,7 @@ def artifact_name(run_id: str) -> str:
 
 
 def group_of(ckpt: str) -> str:
-    """The W&B group that what is done with a checkpoint belongs to: its run's."""
+    """The W&B group for what is done with a checkpoint: that of its run, or the name of an imported file."""
     origin = Path(ckpt).resolve()
     return str(_facts_of(origin).get("group") or results_folder(origin).name)
 
@@ -77,9 +77,9 @@ def _facts_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def show_phase(tracker: Tracker, run: Run, phase: Phase) -> None:
-    """Give W&B what a phase has to show at its end."""
+    """Log the results of a phase to W&B at its end."""
     folder, kind = run.phase_folder(phase), run.options.tracking.artifacts
-    if pictures := read_json(folder.pictures / "pictures.json"):  # they join the row of the last record
+    if pictures := read_json(folder.pictures / "pictures.json"):  # in the row of the last record
         tracker.publish(lambda live: live.log(_pictures(folder.pictures, pictures), commit=False))
     plan, transfer = read_json(run.folder.plan), read_json(folder.transfer)
     axes = run.curriculum.counters(phase.last_step)
@@ -100,8 +100,8 @@ def _pictures(folder: Path, facts: Json) -> dict[str, Any]:
     import wandb
 
     views = dict.fromkeys(view for clip in facts["clips"] for view in clip["pictures"])
-    hidden = f", {facts['mask_ratio']:.0%} hidden" if facts.get("mask_ratio") else ""
-    place = f"{facts['frame_ms']:g} ms frames, {' x '.join(map(str, facts['grid']))} tokens{hidden}"
+    masked = f", {facts['mask_ratio']:.0%} masked" if facts.get("mask_ratio") else ""
+    place = f"{facts['frame_ms']:g} ms frames, {' x '.join(map(str, facts['grid']))} tokens{masked}"
     return {
         f"pictures/{view}": [
             wandb.Image(str(folder / clip["pictures"][view]), caption=f"{clip['clip']}: {place}")
@@ -112,7 +112,7 @@ def _pictures(folder: Path, facts: Json) -> dict[str, Any]:
 
 
 def _tables(plan: Json, transfer: Json) -> dict[str, Any]:
-    """The cost plan, and what became of the weights that the phase was given."""
+    """The plan, and the transfer report of the phase."""
     found: dict[str, Any] = {}
     if phases := plan.get("phases"):
         columns = [name for name, value in phases[0].items() if not isinstance(value, dict)]
@@ -132,7 +132,7 @@ def _show_checkpoint(live: LiveRun, folder: Path, facts: Json, kind: str, second
         if kind == "upload":
             artifact.add_file(str(file), policy="immutable", skip_cache=True)
         else:
-            # its place says which it is: reading gigabytes to sum them up would hold up the end of a phase
+            # no checksum, since reading gigabytes would delay the end of a phase: its path identifies it
             artifact.add_reference(file.resolve().as_uri(), checksum=False)
     live.log_artifact(artifact, aliases=[f"step-{facts['step']}"])
     if not live.offline and kind == "upload":
@@ -140,7 +140,7 @@ def _show_checkpoint(live: LiveRun, folder: Path, facts: Json, kind: str, second
 
 
 def _use(live: LiveRun, came_from: Json) -> None:
-    """Say which artifact the run started from, if its server can know: the run's config names it in any case."""
+    """Record the artifact that the run started from, if the server knows it. The run's config names it in any case."""
     import wandb
 
     if live.offline or "artifact" not in came_from:
@@ -148,7 +148,7 @@ def _use(live: LiveRun, came_from: Json) -> None:
     place = f"{came_from.get('entity') or live.entity}/{came_from['project']}/{came_from['artifact']}:latest"
     try:
         live.use_artifact(place)
-    except (ValueError, wandb.Error):  # its run was offline, say
+    except (ValueError, wandb.Error):  # its run was offline, for instance
         live.config["source_not_on_server"] = place
 
 
@@ -160,7 +160,7 @@ def show_scores(
     ckpt: str, folder: Path, kind: str, result: Json, options: TrackingOptions | None = None,
     note: Callable[[str], object] = print,
 ) -> None:
-    """Give W&B the scores of a checkpoint that were written to `folder`; another time the same W&B run is updated.
+    """Log the scores of a checkpoint that were written to `folder` to W&B; repeated, they update the same W&B run.
 
     `kind` (finetune, evaluate, probe) is the type of the job. Without `options` those of the checkpoint's run hold, if
     it was tracked.

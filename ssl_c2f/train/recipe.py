@@ -1,4 +1,4 @@
-"""What a run is made of: its options, and what follows from them before anything runs (geometries, phases, cost)."""
+"""The options of a run, and what follows from them before it starts: geometries, phases and the plan of its cost."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ssl_c2f.train.optim import OptimOptions
 
 
 class TrainOptions(Options):
-    """How the loop runs; nothing here changes what is computed, but for precision."""
+    """How the loop runs. Of these, only the precision changes what is computed."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     max_batch_per_device: int | None = Field(None, ge=1, description="larger batches are accumulated; none: no limit")
     compile: bool = False
-    rehearse: bool = Field(True, description="run two steps of every phase before the job starts")
+    rehearse: bool = Field(True, description="a dry run of two steps of every phase before the job starts")
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps; the end of a phase is always kept")
     keep: int = Field(2, ge=1, description="checkpoints of a phase")
@@ -40,18 +40,18 @@ class TrainOptions(Options):
 
 
 class EvaluationOptions(Options):
-    """The yardstick of validation during training: full resolution, raw targets, fixed masks."""
+    """Validation during training: at full resolution, with raw targets and fixed masks."""
 
     every: float = Field(0.0, ge=0, description="epochs between validations, besides the end of a phase; 0: never")
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     mask_draws: int = Field(4, ge=1)
     batch_size: int = Field(50, ge=1)
-    max_clips: int = Field(2000, ge=2, description="clips of either side of the kNN probe, and of the validation loss")
+    max_clips: int = Field(2000, ge=2, description="clips of the validation loss, and of each side of the kNN probe")
     knn: int = Field(10, ge=1, description="neighbours")
 
 
 class Recipe(Options):
-    """What makes a network, and what a checkpoint of it tells. All else is how it was trained."""
+    """What a network is made from, as its checkpoints record it. The other options of a run say how it is trained."""
 
     audio: AudioOptions = AudioOptions()
     compression: Compression = "frame_shift"
@@ -129,7 +129,7 @@ class RunOptions(Recipe):
         return self._geometries(self.phases)[-1]  # padded to the span of all phases
 
     def curriculum(self, num_clips: int, num_classes: int) -> Curriculum:
-        """The phases over a set of so many clips and classes: what they leave to the run is filled in here, once."""
+        """The phases for a training set of so many clips and classes. What they leave to the run is filled in here."""
         phases: list[Phase] = []
         for phase, geometry in zip(self.phases, self.geometries, strict=True):
             phases.append(make_phase(
@@ -153,7 +153,7 @@ class RunOptions(Recipe):
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What one phase will cost."""
+    """The cost of a phase."""
 
     name: str
     time_factor: int
@@ -161,7 +161,7 @@ class PhasePlan:
     frames: int
     grid: tuple[int, int]
     tokens: int
-    kept: int  # tokens of a clip that the encoder learns from, over all views
+    kept: int  # tokens of a clip that are encoded with gradients, over all masks
     batch_size: int
     steps: int
     clips: int
@@ -174,7 +174,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost, and what it would if all of its epochs were seen in full."""
+    """The cost of a run, and of a run of as many clips at full resolution."""
 
     phases: tuple[PhasePlan, ...]
     parameters: int
@@ -185,7 +185,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Cost as a share of a single-phase run of as many epochs."""
+        """Cost as a fraction of that of the single-phase run."""
         return self.pflops / self.single_phase_pflops
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from ssl_c2f.train.weights import CheckpointState, Weights
 
 @dataclass(frozen=True)
 class Run:
-    """What all phases share."""
+    """All that the phases of a run share."""
 
     options: RunOptions
     folder: RunFolder
@@ -66,7 +66,7 @@ class Run:
 
 @dataclass
 class Training:
-    """What a phase changes."""
+    """The training state of a phase."""
 
     phase: Phase
     objective: Objective
@@ -102,7 +102,7 @@ def prepare(run: Run, phase: Phase) -> Training:
 
 
 def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
-    """The phase where it stands on disk.
+    """The phase as it is on disk: resumed, or begun with the weights that come before it.
 
     Raises:
         UserError: the phase before has no checkpoint, or the weights do not fit.
@@ -115,7 +115,7 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
         if state.geometry != phase.geometry:
             raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
         _load(training, saved.model, saved.ema)
-        optim.restore_moments(training.optimizer, saved.optimizer or {})
+        optim.restore_state(training.optimizer, saved.optimizer or {})
         training.step, training.train_seconds, training.skipped = state.step, state.train_seconds, state.skipped
         note(f"{phase.name}: resumed from {newest}")
     elif phase.index > 0:
@@ -129,7 +129,7 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
         state = CheckpointState.read(saved.state, newest)
         report = carry_over(training, saved.model, saved.ema, state.geometry)
         if run.options.optim.moments == "keep":
-            optim.restore_moments(training.optimizer, saved.optimizer or {})
+            optim.restore_state(training.optimizer, saved.optimizer or {})
         training.train_seconds, training.skipped = state.train_seconds, state.skipped
         _report(run, phase, report, str(newest), note)
     elif run.initial:
@@ -175,11 +175,11 @@ def snapshot(run: Run, training: Training) -> Weights:
 
 
 def save(run: Run, training: Training) -> None:
-    """Keep the training as it stands (main process only)."""
+    """Write a checkpoint (main process only)."""
     if not run.dist.is_main:
         return
     tensors = {"model": training.objective.state_dict()} | ({"ema": training.ema} if training.ema is not None else {})
     checkpoint.save(
         run.phase_folder(training.phase).checkpoints, training.step, tensors, snapshot(run, training).to_json(),
-        optim.moments(training.optimizer), keep=run.options.train.keep,
+        optim.optimizer_state(training.optimizer), keep=run.options.train.keep,
     )

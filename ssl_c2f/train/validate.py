@@ -1,4 +1,4 @@
-"""Validation at full resolution, whatever the geometry that training is in: one yardstick for all phases and runs.
+"""Validation at full resolution, whatever the geometry of the phase, so that phases and runs can be compared.
 
 A fine model tested on coarse input collapses, and a loss on coarse input is another quantity. So a copy of the weights
 is transferred to the fine geometry and tested there, on held-out clips, with fine statistics, one mask ratio and fixed

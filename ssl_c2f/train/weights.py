@@ -1,4 +1,4 @@
-"""Finding and opening the weights that `--ckpt` names: our own checkpoints, and what others published."""
+"""Finding and loading the weights that `--ckpt` names: checkpoints of ours, and published ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class CheckpointState:
             raise UserError(f"{folder / 'state.json'} is not of this version of ssl_c2f ({reason})") from None
 
     def to_json(self) -> dict[str, Any]:
-        # of a run's options the seed and the EMA's decay are told too: nobody needs them, but people look for them
+        # the seed and the EMA decay of a run are not needed to use it, but said for those who look
         options = self.recipe.model_dump(mode="json", include={*Recipe.model_fields, "seed", "ema"})
         return {
             "step": self.step, "phase": self.phase, "train_seconds": self.train_seconds, "skipped": self.skipped,
@@ -79,11 +79,11 @@ class Weights(CheckpointState):
 
     tensors: Mapping[str, Tensor]
     origin: str
-    notes: tuple[str, ...] = ()  # what there is to say about an import, line by line
+    notes: tuple[str, ...] = ()  # on an import, a line each
 
     @property
     def factor(self) -> float:
-        """What the input's deviation is multiplied with before it divides the input."""
+        """What the input's std is multiplied with before it divides the input."""
         return next((statistics.factor for statistics in self.statistics.values()), 1.0)
 
     def objective(self, geometry: Geometry | None = None, device: torch.device | str = "cpu") -> Objective:
@@ -138,7 +138,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def find_published(path: Path) -> Path | None:
-    """The file of weights that others published and `path` means: itself, or that in a folder of transformers'."""
+    """The published file that `path` means, if any: itself, or the weights in a folder of transformers'."""
     if path.is_file():
         return None if (path.parent / "state.json").exists() else path
     if (path / "state.json").exists() or not (path / "config.json").exists():
@@ -156,7 +156,7 @@ def results_folder(origin: Path) -> Path:
 
 
 def load_weights(path: Path, which: Which = "auto") -> Weights:
-    """Open a checkpoint, ours or published; `auto` takes the moving average where there is one.
+    """Load a checkpoint, ours or published; `auto` takes the EMA where there is one.
 
     Raises:
         UserError: no checkpoint there, it is damaged, or it has no moving average.
@@ -192,7 +192,7 @@ def _from_timm(name: str) -> Weights:
         raise UserError(f"init={name}: no such file, and no ViT of timm's{f' ({near[0]}?)' if near else ''}")
     try:
         model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever a hub and a network can come up with
+    except Exception as error:  # of a network or the Hub: there are many kinds
         raise UserError(
             f"init={name}: its weights cannot be fetched ({one_line(error)[:120]}); without a network give "
             "a file, init=FILE"
@@ -203,7 +203,7 @@ def _from_timm(name: str) -> Weights:
 
 
 class ImportOptions(Options):
-    """What a published file does not say. What is left out is as its kind has it as a rule."""
+    """What a published file does not say. What is left out here is as usual for its kind."""
 
     sample_rate: int | None = Field(None, ge=1000, description="Hz; 16000")
     num_mels: int | None = Field(None, ge=4, description="128")
@@ -222,7 +222,7 @@ class ImportOptions(Options):
 
 
 def import_published(path: Path, options: ImportOptions = ImportOptions()) -> tuple[Weights, TransferReport]:  # noqa: B008
-    """Published weights as ours, and what became of each tensor. `path` is a file or a folder of transformers'.
+    """Published weights in our layout, and what became of each tensor. `path` is a file or a folder of transformers'.
 
     Raises:
         UserError: no kind that is known, a tensor that is missing or has another name or shape, unsafe content.
@@ -238,7 +238,7 @@ def _imported(
     state: Mapping[str, Tensor], name: str, file: Path, options: ImportOptions, config: Mapping[str, Any] = {},
     extractor: Mapping[str, Any] = {},
 ) -> tuple[Weights, TransferReport]:
-    """Published tensors as ours, with a report; errors begin with `name`."""
+    """Published tensors in our layout, and a report; errors begin with `name`."""
     try:
         if config.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"hidden_act {config['hidden_act']} of config.json is not supported, only gelu")
@@ -247,7 +247,7 @@ def _imported(
         report = _check(weights, found)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except ValueError as error:  # a geometry or options that cannot be
+    except ValueError as error:  # impossible options or geometry
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UserError(f"{name}: {reason.removeprefix('Value error, ')}") from None
     rearranged = [f"  {name}: {how}" for name, how in found.how.items() if ".blocks." not in name]
@@ -313,7 +313,7 @@ def _as_weights(
 
 
 def _statistics(options: ImportOptions, extractor: Mapping[str, Any]) -> tuple[float, float, str]:
-    """Mean, deviation, and whose they are."""
+    """Mean, std, and where they come from."""
     mean, std = published.AUDIOSET
     whose = "AudioSet's, as its kind has it"
     if "mean" in extractor and "std" in extractor:
@@ -341,7 +341,7 @@ def _classes(num_classes: int, options: ImportOptions, config: Mapping[str, Any]
 
 
 def _licence(found: published.Published, file: Path) -> str:
-    """What the model card beside the file says, else what its kind is published under."""
+    """That of the model card beside the file, else that of the kind."""
     readme = file.parent / "README.md"
     if found.kind is published.HF and readme.exists():
         head = readme.read_text(encoding="utf-8", errors="replace").split("---")
@@ -355,7 +355,7 @@ def _licence(found: published.Published, file: Path) -> str:
 
 
 def _check(weights: Weights, found: published.Published) -> TransferReport:
-    """Every tensor of our model must be there in its shape, and none beside them."""
+    """Raises UserError: a tensor of our model is missing or has another shape, or there are others."""
     with torch.random.fork_rng([]):
         target = weights.recipe.build(weights.geometry, len(weights.classes)).state_dict()
     for name, tensor in target.items():

@@ -14,7 +14,14 @@ from ssl_c2f.curriculum.geometry import AudioOptions, make_geometry
 from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
-from ssl_c2f.train.optim import OptimOptions, layer_of, make_optimizer, moments, restore_moments, set_learning_rate
+from ssl_c2f.train.optim import (
+    OptimOptions,
+    layer_of,
+    make_optimizer,
+    optimizer_state,
+    restore_state,
+    set_learning_rate,
+)
 
 AUDIO = AudioOptions(num_mels=16, clip_seconds=0.4)
 DEPTH = 3
@@ -90,14 +97,14 @@ def stepped(model: nn.Module, seed: int = 0, optimizer: torch.optim.AdamW | None
 def test_restored_moments_go_on_as_if_nothing_had_happened() -> None:
     model = objective()
     optimizer = stepped(model)
-    saved = {name: {k: v.clone() for k, v in state.items()} for name, state in moments(optimizer).items()}
+    saved = {name: {k: v.clone() for k, v in state.items()} for name, state in optimizer_state(optimizer).items()}
     assert set(saved) == {name for name, _ in model.named_parameters()}
 
     other = objective()
     other.load_state_dict(model.state_dict())
     resumed = make_optimizer(other, OptimOptions(), DEPTH)
-    assert not moments(resumed)
-    assert restore_moments(resumed, saved) == len(saved)
+    assert not optimizer_state(resumed)
+    assert restore_state(resumed, saved) == len(saved)
     stepped(model, 1, optimizer)
     stepped(other, 1, resumed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -111,13 +118,13 @@ def test_restored_moments_go_on_as_if_nothing_had_happened() -> None:
 
 
 def test_moments_of_resized_parameters_begin_anew() -> None:
-    saved = moments(stepped(objective(patch_t=4)))
+    saved = optimizer_state(stepped(objective(patch_t=4)))
     model = objective(patch_t=2)
     optimizer = make_optimizer(model, OptimOptions(), DEPTH)
     resized = {"encoder.patch_embed.weight", "encoder.positions", "decoder.to_patch.weight", "decoder.to_patch.bias"}
-    assert restore_moments(optimizer, saved) == len(saved) - len(resized)
-    assert set(moments(optimizer)) == set(saved) - resized
+    assert restore_state(optimizer, saved) == len(saved) - len(resized)
+    assert set(optimizer_state(optimizer)) == set(saved) - resized
     stepped(model, optimizer=optimizer)
-    steps = {name: float(state["step"]) for name, state in moments(optimizer).items()}
+    steps = {name: float(state["step"]) for name, state in optimizer_state(optimizer).items()}
     assert {name for name, step in steps.items() if step == 1} == resized
-    assert restore_moments(optimizer, {}) == 0
+    assert restore_state(optimizer, {}) == 0
