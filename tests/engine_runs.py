@@ -16,7 +16,7 @@ from ssl_c2f.core import distributed
 from ssl_c2f.core.signals import Interrupted, Stop
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.train import engine
-from ssl_c2f.train.opening import open_run
+from ssl_c2f.train.engine import open_run
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.state import Run
 

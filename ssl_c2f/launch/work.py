@@ -20,8 +20,9 @@ from ssl_c2f.launch.schedule import Stages, Task
 from ssl_c2f.tasks import config
 from ssl_c2f.tasks.evaluate import EvaluateOptions
 from ssl_c2f.tasks.finetune import FinetuneOptions, check_origin, checkpoint_defaults, folds_of
-from ssl_c2f.train.opening import check_options
-from ssl_c2f.train.recipe import RunOptions, make_plan
+from ssl_c2f.train.engine import check_options
+from ssl_c2f.train.plan import make_plan
+from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.weights import Weights, find_checkpoint, find_published, load_weights, results_folder
 
 

@@ -161,8 +161,8 @@ class Latent(Objective):
 
 
 def spread_of(features: Tensor) -> Tensor:
-    """Std of the L2-normalised features of clips, (B, D) -> (): 0 is collapse, 1 / sqrt(D) random directions (Chen & He,
-    CVPR 2021). NaN for a single clip."""
+    """Std of the L2-normalised features of clips, (B, D) -> (): 0 is collapse, 1 / sqrt(D) random directions (Chen and
+    He, CVPR 2021). NaN for a single clip."""
     if len(features) < 2:
         return features.new_tensor(torch.nan)
     spread: Tensor = std_of_l2_normalized(features)

@@ -22,8 +22,10 @@ from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.sampler import micro_batches
 from ssl_c2f.data.statistics import InputStatistics
-from ssl_c2f.train.engine import dry_run, noise, train_step
-from ssl_c2f.train.recipe import RunOptions, make_plan, plan_rows
+from ssl_c2f.train.loop import train_step
+from ssl_c2f.train.plan import make_plan, plan_rows
+from ssl_c2f.train.recipe import RunOptions
+from ssl_c2f.train.rehearsal import dry_run, noise
 from ssl_c2f.train.state import Run, prepare
 
 ASSUMED_CLIPS = 10_000

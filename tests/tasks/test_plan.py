@@ -12,7 +12,7 @@ import torch
 from tiny_runs import DEFAULTS, run_options
 
 from ssl_c2f import cli
-from ssl_c2f.train.recipe import make_plan
+from ssl_c2f.train.plan import make_plan
 
 MEMORY = [
     "cpu",

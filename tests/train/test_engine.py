@@ -26,7 +26,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Interrupted, Stop
 from ssl_c2f.models.vit import ViT
-from ssl_c2f.train import engine
+from ssl_c2f.train.rehearsal import rehearse
 from ssl_c2f.train.state import prepare, snapshot
 from ssl_c2f.train.validate import validate
 
@@ -146,7 +146,7 @@ def test_rehearsal_changes_nothing(sounds: Path, straight: Path, tmp_path: Path)
     o = run_options(sounds)
     job = open_job(o, tmp_path / "job")
     before = [torch.get_rng_state(), np.random.get_state()[1], random.getstate(), job.curriculum.counters(5)]  # type: ignore[index]
-    engine.rehearse(job, job.curriculum.phases)
+    rehearse(job, job.curriculum.phases)
     after = [torch.get_rng_state(), np.random.get_state()[1], random.getstate(), job.curriculum.counters(5)]  # type: ignore[index]
     assert all(np.array_equal(x, y) for x, y in zip(before[:2], after[:2], strict=True)) and before[2:] == after[2:]  # type: ignore[arg-type]
     assert not list((tmp_path / "job").glob("phases/*"))
@@ -157,7 +157,7 @@ def test_rehearsal_changes_nothing(sounds: Path, straight: Path, tmp_path: Path)
 def test_rehearsal_goes_through_every_phase_at_its_real_size(sounds: Path, tmp_path: Path) -> None:
     job = open_job(run_options(sounds, "phases.1.batch_size=6"), tmp_path)
     with watch(ViT) as seen:
-        engine.rehearse(job, job.curriculum.phases)
+        rehearse(job, job.curriculum.phases)
     # two steps of two micro-batches each; 10, 20, 40 tokens less three quarters, and the class token
     assert [tuple(shape[:2]) for _, shape in seen] == [(4, 1 + 2)] * 4 + [(3, 1 + 5)] * 4 + [(4, 1 + 10)] * 4
 
