@@ -1,1 +1,1 @@
-"""What any training program needs, and nothing about audio: options, files, checkpoints, processes, progress."""
+"""What any training program needs, independent of audio: options, files, checkpoints, processes, progress."""

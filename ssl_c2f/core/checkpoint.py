@@ -1,10 +1,10 @@
-"""Checkpoints: folders that are either complete or not there.
+"""Checkpoints: folders that are either complete or absent.
 
 checkpoints/
   step-00000123/
     model.safetensors      weights of the objective (encoder and heads)
     ema.safetensors        their moving average, where one is kept
-    state.json             what the caller needs to go on
+    state.json             what the caller needs to resume
     optimizer.pt           read back with weights_only=True
   .tmp-step-00000456/      a save or a removal that was interrupted: never read, removed by the next save
 """
@@ -121,7 +121,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 def load_published(file: Path) -> dict[str, Tensor]:
     """The weights in a file that others made, on the CPU: safetensors, or what torch.save wrote.
 
-    A pickle is a program. Only tensors, plain containers and argparse.Namespace (AudioMAE keeps its settings in one)
+    Unpickling can run code. Only tensors, plain containers and argparse.Namespace (AudioMAE keeps its settings in one)
     are built from it; anything else is refused before it runs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The processes of a job: one alone, or those that torchrun started. Alone, every call is free."""
+"""The processes of a job: one, or those that torchrun started. With one process every call returns at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssl_c2f.core.options import UserError
 
 @dataclass(frozen=True)
 class Dist:
-    """This process's place among `world` processes. Every method must be called by all of them."""
+    """This process among the `world` processes of the job. Every method must be called by all of them."""
 
     rank: int
     world: int
@@ -47,7 +47,7 @@ class Dist:
         return total
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Everybody's `value`, which must be picklable, in the order of ranks."""
+        """The `value` of every process, which must be picklable, in the order of ranks."""
         parts: list[Any] = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, value)
@@ -63,10 +63,10 @@ class Dist:
 
 
 def init(device: str = "auto", timeout_minutes: float = 30.0) -> Dist:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or be a process alone.
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), if it did.
 
-    `device` is "cpu", "cuda" or "auto" for CUDA where there is any. Joining again is free. A process that waits for
-    another longer than `timeout_minutes` fails instead of hanging.
+    `device` is "cpu", "cuda" or "auto" for CUDA where there is any. Calling it again changes nothing. A process that
+    waits for another longer than `timeout_minutes` fails instead of hanging.
     """
     rank, world, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

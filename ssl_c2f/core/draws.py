@@ -1,7 +1,7 @@
-"""Random draws that depend on nothing but their key.
+"""Random numbers that depend on a key alone.
 
-A draw is a hash of integers (seed, epoch, clip index, view, purpose), so it does not matter which process, worker or
-device makes it, in which order, or after how many interruptions. The hash is the finaliser of SplitMix64 (Steele, Lea,
+A number is a hash of integers (seed, epoch, clip index, view, purpose), so it is the same whichever process, worker or
+device computes it, in whatever order, and after any interruption. The hash is the finaliser of SplitMix64 (Steele, Lea,
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), computed in wrapping int64 arithmetic on tensors.
 """
 
@@ -29,7 +29,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _mix_integer(x: int) -> int:
-    """The same of a Python integer, in a tenth of the time that tensors of one number take."""
+    """`_mix` of a Python integer: ten times as fast as with a tensor of one number."""
     x %= 2**64
     x = (x ^ (x >> 30)) * _MIX_1 % 2**64
     x = (x ^ (x >> 27)) * _MIX_2 % 2**64

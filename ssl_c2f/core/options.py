@@ -69,7 +69,8 @@ def load(
     Raises:
         UserError: one line with the source (the file, or "command line"), the key, what is wrong and what would do.
     """
-    data = merge(file, overrides, defaults, list(_alternatives(model)))
+    alternatives = [(key, group) for _, key, below in _models(model) for group in below.alternatives]
+    data = merge(file, overrides, defaults, alternatives)
     if problems := _problems(model, data):
         key, problem = next(iter(problems.items()))
         from_file = merge(file, (), defaults, resolve=False)
@@ -195,17 +196,6 @@ def _drop_alternatives(
             node.pop(other, None)
 
 
-def _alternatives(annotation: Any, key: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The groups of alternatives below a type, each with the key of the mapping that they stand in."""
-    below = f"{key}.0" if get_origin(annotation) in (list, tuple) else key
-    for member in get_args(annotation):
-        yield from _alternatives(member, below)
-    if _is_options(annotation):
-        yield from ((key, group) for group in annotation.alternatives)
-        for name, field in annotation.model_fields.items():
-            yield from _alternatives(field.annotation, f"{key}.{name}".lstrip("."))
-
-
 def _refuse_resolvers(source: str, text: str) -> None:
     """Configs are passed around, and a resolver such as `oc.env` could copy secrets into what a run records."""
     if found := _RESOLVER.search(text):
@@ -221,7 +211,10 @@ def _problems(model: type[Options], data: Any) -> dict[str, str]:
     else:
         return {}
     errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # a misspelt key is why another one is missing
-    known = list(_keys(model))
+    known = [
+        ((*place, name), f"{key}.{name}".lstrip("."))
+        for place, key, below in _models(model) for name in below.model_fields
+    ]
     problems: dict[str, str] = {}
     for error in errors:
         key, problem = _explain(error, data, known)
@@ -258,25 +251,24 @@ def _explain(error: ErrorDetails, data: Any, known: list[tuple[Location, str]]) 
     return key, f"{key or 'the whole'}{shown and shown + ' but'} {wanted}{hint}"
 
 
-def _keys(annotation: Any, place: Location = (), key: str = "") -> Iterator[tuple[Location, str]]:
-    """Every key below a type: where pydantic would locate it (with 0 for any index), and as a user writes it."""
+def _models(annotation: Any, place: Location = (), key: str = "") -> Iterator[tuple[Location, str, type[Options]]]:
+    """Every model in a type: where pydantic locates it (with 0 for any index), and its key as a user writes it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        yield from _keys(arguments[0], place, key)
+        yield from _models(arguments[0], place, key)
     elif origin in (list, tuple) and arguments:
-        yield from _keys(arguments[0], (*place, 0), f"{key}.0")
+        yield from _models(arguments[0], (*place, 0), f"{key}.0")
     elif origin in (Union, UnionType):
         members = [get_args(member)[0] if get_origin(member) is Annotated else member for member in arguments]
         models = [member for member in members if _is_options(member)]
         for member in members:
             names = get_args(member.model_fields["name"].annotation) if len(models) > 1 and member in models else ()
             for tag in names or (None,):
-                yield from _keys(member, place if tag is None else (*place, tag), key)
+                yield from _models(member, place if tag is None else (*place, tag), key)
     elif _is_options(annotation):
+        yield place, key, annotation
         for name, field in annotation.model_fields.items():
-            below = f"{key}.{name}".lstrip(".")
-            yield (*place, name), below
-            yield from _keys(field.annotation, (*place, name), below)
+            yield from _models(field.annotation, (*place, name), f"{key}.{name}".lstrip("."))
 
 
 def _is_options(annotation: Any) -> bool:

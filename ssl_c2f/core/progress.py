@@ -1,4 +1,4 @@
-"""How a phase is getting on: one live line in a terminal, a plain line now and then in a log file."""
+"""Displays of long work: a live line in a terminal, a plain line now and then in a log file; and tables."""
 
 from __future__ import annotations
 
@@ -7,60 +7,63 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
+from rich import progress
 from rich.console import Console
-from rich.live import Live
 from rich.measure import Measurement
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 
-class _LiveLine:
-    """A line that is redrawn in a terminal while a `with` statement lasts; nothing elsewhere."""
+class _Display:
+    """A line redrawn in a terminal while a `with` statement lasts; elsewhere a plain one every `log_seconds`."""
 
-    def __init__(self, console: Console | None, enabled: bool = True) -> None:
+    def __init__(self, title: str, console: Console | None, enabled: bool, log_seconds: float) -> None:
+        self.title, self.enabled, self.log_seconds = title, enabled, log_seconds
         self.console = console or Console(stderr=True)
-        self._live: Live | None = None
-        if enabled and self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self._began = self._logged = time.monotonic()
+        self._live = progress.Progress(
+            progress.TextColumn("{task.description}", style="bold", markup=False), progress.BarColumn(20),
+            progress.TextColumn("{task.fields[facts]}", markup=False), console=self.console, refresh_per_second=4,
+            transient=True, disable=not (enabled and self.console.is_terminal),
+        )
+        self._task = self._live.add_task(title, facts="")
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
+        self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._live.stop()
+
+    def note(self, line: str) -> None:
+        """Print a line, above the live one if there is one."""
+        if self.enabled:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, done: int, total: int, facts: str, *, log: bool = False) -> None:
+        now = time.monotonic()
+        if not self._live.disable:
+            self._live.update(self._task, completed=done, total=total, facts=facts)
+        elif log or now - self._logged >= self.log_seconds:
+            self._logged = now
+            self.note(f"{self.title}  {facts}")
 
 
-class Progress(_LiveLine):
+class Progress(_Display):
     """The display of one phase, to be used in a `with` statement.
 
     coarse 1/3 ━━━━━━━━━━ 120/2000  loss 0.5412  lr 3.0e-04  812 clips/s  waiting 3 %  phase 1:20  run 12:05
     """
 
     def __init__(
-        self,
-        phase: str,
-        index: int,
-        count: int,
-        *,
-        start: int,
-        stop: int,
-        enabled: bool = True,
-        log_seconds: float = 30.0,
-        console: Console | None = None,
+        self, phase: str, index: int, count: int, *, start: int, stop: int, enabled: bool = True,
+        log_seconds: float = 30.0, console: Console | None = None,
     ) -> None:
-        """Phase `index` (from 0) of `count`; it goes on at step `start` of the run and ends at `stop`."""
-        super().__init__(console, enabled)
-        self.title = f"{phase} {index + 1}/{count}"
+        """Phase `index` (from 0) of `count`, from step `start` of the run to step `stop`."""
+        super().__init__(f"{phase} {index + 1}/{count}", console, enabled, log_seconds)
         self.start, self.stop = start, stop
-        self.enabled, self.log_seconds = enabled, log_seconds
-        self._began = time.monotonic()
-        self._shown = float("-inf")
         self._run_done_at_start: float | None = None
 
     def update(
@@ -68,54 +71,35 @@ class Progress(_LiveLine):
     ) -> None:
         """Show that `step` is done.
 
-        `wait` is the share of time spent waiting for data; `run_done` the share of the whole run's FLOPs that is done
-        (steps of different phases take different times, so the run's end is not to be had from steps).
+        `wait` is the fraction of time spent waiting for data; `run_done` the fraction of the whole run's FLOPs that is
+        done (steps of different phases take different times, so steps do not predict the run's end).
         """
-        now = time.monotonic()
+        is_first = self._run_done_at_start is None
         if self._run_done_at_start is None:  # the first step pays for compilation and warm-up: time starts after it
-            self._run_done_at_start, self.start, self._began = run_done, step, now
-        elapsed = now - self._began
+            self._run_done_at_start, self.start, self._began = run_done, step, time.monotonic()
+        elapsed = time.monotonic() - self._began
         phase_left = _left(elapsed, step - self.start, self.stop - step)
         run_left = _left(elapsed, run_done - self._run_done_at_start, 1 - run_done)
         facts = (
             f"{step}/{self.stop}  loss {loss:.4f}  lr {lr:.1e}  {clips_per_second:.0f} clips/s  "
             f"waiting {wait:.0%}  phase {phase_left}  run {run_left}"
         )
-        if self._live is not None:
-            row = Table.grid(padding=(0, 1))
-            row.add_row(Text(self.title, style="bold"), ProgressBar(self.stop, step, width=20), Text(facts))
-            self._live.update(row)
-        elif self.enabled and (step == self.stop or now - self._shown >= self.log_seconds):
-            self._shown = now
-            self.note(f"{self.title}  {facts}")
-
-    def note(self, line: str) -> None:
-        """Print a line, above the live one if there is one."""
-        if self.enabled:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._show(step, self.stop, facts, log=is_first or step == self.stop)
 
 
-class Count(_LiveLine):
-    """How far some long work is: a live line in a terminal; elsewhere a plain one every `log_seconds`.
+class Count(_Display):
+    """The display of other work that takes long: how many of how many are done.
 
-    reading recordings  120/400  35/s  0:08 left
+    reading recordings ━━━━━━━━━━ 120/400  35/s  0:08 left
     """
 
     def __init__(self, title: str, *, log_seconds: float = 30.0, console: Console | None = None) -> None:
-        super().__init__(console)
-        self.title, self.log_seconds = title, log_seconds
-        self._began = self._shown = time.monotonic()
+        super().__init__(title, console, True, log_seconds)
 
     def update(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""
-        now = time.monotonic()
-        elapsed = max(now - self._began, 1e-9)
-        line = f"{self.title}  {done}/{total}  {done / elapsed:.3g}/s  {_left(elapsed, done, total - done)} left"
-        if self._live is not None:
-            self._live.update(Text(line))
-        elif now - self._shown >= self.log_seconds:
-            self._shown = now
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        self._show(done, total, f"{done}/{total}  {done / elapsed:.3g}/s  {_left(elapsed, done, total - done)} left")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
@@ -134,10 +118,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         console.print(drawn)
 
 
+def duration(seconds: float) -> str:
+    """h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 def _left(elapsed: float, done: float, left: float) -> str:
-    """The time that `left` will take if `done` took `elapsed` seconds, as h:mm:ss or m:ss."""
-    if done <= 0:
-        return "-:--"
-    seconds = round(elapsed / done * max(left, 0.0))
-    hours, minutes = divmod(seconds // 60, 60)
-    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+    """The time that `left` will take if `done` took `elapsed` seconds."""
+    return duration(elapsed / done * max(left, 0.0)) if done > 0 else "-:--"

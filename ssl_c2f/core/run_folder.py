@@ -1,4 +1,4 @@
-"""The run folder: where everything of a run is, and who writes it. Nobody else derives one path of a run from another.
+"""The run folder: where every file of a run is, and who may write it. No other module derives one path from another.
 
 runs/NAME/
   config.yaml  provenance.json  plan.json  recordings.json  metrics.jsonl  bad_files.jsonl  jobs.json  lock
@@ -9,9 +9,9 @@ runs/NAME/
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +23,16 @@ from ssl_c2f.core import locks
 from ssl_c2f.core.files import write_json, write_text
 from ssl_c2f.core.options import UserError, differences
 from ssl_c2f.core.provenance import provenance
+
+
+class _Inside:
+    """A path within a folder, as an attribute of a class that has a `path`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: PhaseFolder | RunFolder, owner: type) -> Path:
+        return folder.path / self.name
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -42,6 +52,12 @@ class PhaseFolder:
 
     path: Path
 
+    checkpoints = _Inside("checkpoints")
+    pictures = _Inside("pictures")
+    transfer = _Inside("transfer.json")
+    wandb_id = _Inside("wandb_id")
+    done = _Inside("done")
+
     @classmethod
     def of(cls, checkpoint: Path) -> PhaseFolder | None:
         """The phase (or the folder that `ssl_c2f convert` wrote) that a checkpoint lies in; None for other files."""
@@ -55,32 +71,12 @@ class PhaseFolder:
     def name(self) -> str:
         return self.path.name.partition("-")[2]
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def pictures(self) -> Path:
-        return self.path / "pictures"
-
-    @property
-    def transfer(self) -> Path:
-        return self.path / "transfer.json"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "done"
-
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
         return newest_in(self.checkpoints)
 
     def mark_done(self, step: int, **facts: Any) -> None:
-        """Say that the phase has ended, at `step` of the run; `facts` (JSON) are kept with it."""
+        """Record that the phase has ended, at `step` of the run; `facts` (JSON) are kept with it."""
         write_text(self.done, json.dumps({"step": step, **facts}) + "\n")
 
     def is_done(self) -> bool:
@@ -92,6 +88,15 @@ class RunFolder:
     """A run on disk: this one folder."""
 
     path: Path
+
+    config = _Inside("config.yaml")
+    provenance = _Inside("provenance.json")
+    plan = _Inside("plan.json")
+    recordings = _Inside("recordings.json")
+    metrics = _Inside("metrics.jsonl")
+    bad_files = _Inside("bad_files.jsonl")
+    jobs = _Inside("jobs.json")
+    lock_file = _Inside("lock")
 
     @classmethod
     def create(cls, path: Path, config_text: str) -> RunFolder:
@@ -108,41 +113,9 @@ class RunFolder:
 
     @classmethod
     def of(cls, checkpoint: Path) -> RunFolder | None:
-        """The run that a checkpoint of one of its phases lies in."""
+        """The run that a checkpoint of one of its phases lies in; None for other files."""
         phase = PhaseFolder.of(checkpoint)
         return cls(phase.path.parents[1]) if phase and phase.path.parent.name == "phases" else None
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def provenance(self) -> Path:
-        return self.path / "provenance.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def recordings(self) -> Path:
-        return self.path / "recordings.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def bad_files(self) -> Path:
-        return self.path / "bad_files.jsonl"
-
-    @property
-    def jobs(self) -> Path:
-        return self.path / "jobs.json"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / "lock"
 
     @property
     def label(self) -> str:
@@ -162,11 +135,11 @@ class RunFolder:
         return sorted(map(PhaseFolder, found), key=lambda phase: phase.index)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint of the furthest phase that has one."""
+        """The newest checkpoint of the last phase that has one."""
         return next((found for phase in reversed(self.phases()) if (found := phase.newest())), None)
 
     def finetuning(self, name: str) -> RunFolder:
-        """What fine-tunings of this run are kept in: a run itself, or one for each fold."""
+        """A fine-tuning from this run: a run folder itself, or one for each fold."""
         return RunFolder(self.path / "finetune" / name)
 
     def fold(self, fold: object) -> RunFolder:
@@ -189,29 +162,26 @@ class RunFolder:
             raise UserError(f"{self.config} is not the config of a run: choose another run_dir") from None
 
     def check_config(self, text: str, allowed: Collection[str] = ()) -> None:
-        """Refuse to go on with another config than the run was started with.
+        """Refuse to continue with another config than the run was started with.
 
         `allowed` are patterns of dotted keys that may differ: {"tracking.*", "phases.*.batch_size"}.
 
         Raises:
             UserError: naming the first keys that differ.
         """
-        changed = [
-            f"{key} was {old}, now {new}"
-            for key, old, new in sorted(differences(yaml.safe_load(self.config.read_text()), yaml.safe_load(text)),
-                                        key=lambda difference: difference[0])
+        found = differences(yaml.safe_load(self.config.read_text()), yaml.safe_load(text))
+        changed = sorted(
+            f"{key} was {old}, now {new}" for key, old, new in found
             if not any(fnmatchcase(key, pattern) for pattern in allowed)
-        ]
+        )
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(f"{self.path} holds a run with other options: {'; '.join(changed[:3])}{more}")
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[dict[str, Any] | None]:
-        """Be the only writer of this folder. Yields the holder that died without letting go, if there was one.
+    def lock(self) -> AbstractContextManager[dict[str, Any] | None]:
+        """Be the only writer of this folder. Yields the last holder if it was killed while it held the lock.
 
         Raises:
-            UserError: someone else holds it (named), or the folder cannot be written.
+            UserError: another process holds it (named), or the folder cannot be written.
         """
-        with locks.hold(self.lock_file, f"{self.path} is being written") as previous:
-            yield previous
+        return locks.hold(self.lock_file, f"{self.path} is being written")

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: they are noted, and obeyed at the next step boundary."""
+"""Signals that ask a run to stop: handlers only note them; training stops at the next step boundary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 class Abandoned(Exception):
-    """Work that can be done another time was left, since a signal came."""
+    """Work that can be repeated later was stopped by a signal."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator[None]:
-        """Catch the signals; a second one of a kind acts as if nobody listened."""
+        """Catch the signals. A second one of a kind has its normal effect."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,1 +1,1 @@
-"""Runs as jobs of a Slurm cluster or of this machine: what to submit, what a job does, how it stands."""
+"""Runs as jobs on a Slurm cluster or on this machine: what to submit, what a job does, its state."""

@@ -25,7 +25,7 @@ from ssl_c2f.launch.jobs import Job
 # A signal that comes while Python still imports would end it, and with it the job and all that wait for it.
 _PATIENT = """sh -c 'trap "" USR2 TERM; exec "$0" "$@"'"""
 PLAIN = ("partition", "account", "qos", "constraint", "exclude", "comment", "mail_user", "mail_type")  # as sbatch
-_ENDING_SECONDS = 90.0  # how long a launcher waits for jobs that are on their way out
+_ENDING_SECONDS = 90.0  # how long a launcher waits for jobs that are ending
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def submit(
 
 
 def active(ids: Collection[str]) -> dict[str, str]:
-    """Those of the jobs that are queued, running or on their way out: id -> state and, of those that wait, why."""
+    """The jobs that are queued, running or ending: id -> state and, for those that wait, why."""
     if not ids:
         return {}
     answer = _slurm("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
@@ -143,7 +143,7 @@ def active(ids: Collection[str]) -> dict[str, str]:
 
 
 def settled(ids: Collection[str]) -> dict[str, str]:
-    """As `active`, once those that are on their way out have gone or are queued again."""
+    """As `active`, after waiting until jobs that are ending have left the queue or are queued again."""
     until = time.monotonic() + _ENDING_SECONDS
     while "COMPLETING" in (found := active(ids)).values():
         if time.monotonic() > until:
@@ -154,7 +154,7 @@ def settled(ids: Collection[str]) -> dict[str, str]:
 
 
 def ended(number: str) -> str:
-    """What Slurm says about a job that is no longer in the queue; "" where nobody remembers it."""
+    """The final state of a job that is no longer in the queue; "" if Slurm has forgotten it."""
     with contextlib.suppress(UserError):
         answer = _slurm("sacct", "-n", "-X", "-P", "-j", number, "-o", "State")
         if answer.returncode == 0 and answer.stdout.strip():
@@ -182,7 +182,7 @@ def _slurm(*command: str, given: str | None = None) -> subprocess.CompletedProce
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """Hide the job that we may run in from the jobs that we start, but not where Slurm's own configuration is."""
+    """Without the variables of the job that this process may run in, but with the place of Slurm's configuration."""
     configuration = os.environ.get("SLURM_CONF")
     with clean_env():
         if configuration:

@@ -1,11 +1,11 @@
-"""What a cluster job runs: one phase of a run, or one part of a fine-tuning, resumed from disk.
+"""What a job of a cluster runs: one phase of a run, one fold of a fine-tuning, or a scoring.
 
-A job is stopped in four ways, and where it goes on is decided from the run folder alone in all of them:
+A job can be stopped in four ways; it always resumes from the run folder alone:
   USR2     (a time limit comes near, or preemption): save at the next step boundary, then submitit requeues the job
   TERM     (scancel, preemption without a signal of its own): save, then stay until Slurm ends the job, so that Slurm,
-           and not this process's exit status, says whether it was cancelled or is to run again
+           and not this process's exit status, decides whether it was cancelled or is to run again
   INT      (Ctrl-C or `cancel` on this machine): save, then end
-  no word  (SIGKILL, a node that died): the newest checkpoint is what is left
+  none     (SIGKILL, a node that died): the next attempt resumes from the newest checkpoint
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Interrupted, Stop
 
 FOLDER = "submitit"  # in the run folder: scripts, logs, and what follows
-EVENTS = "events.jsonl"  # what became of jobs, told by themselves
-COMMAND = "command.json"  # beside the options: the launch that they are of
+EVENTS = "events.jsonl"  # when each process of a job started and ended, and why; written by the jobs
+COMMAND = "command.json"  # beside the options: the command line of the launch
 _PORTS = (20_000, 32_000)  # below the range that systems draw ports of outgoing connections from
 _LONGEST_GRACE = 900.0  # seconds that a job which got SIGTERM waits for Slurm to end it
 
 
 @dataclass(frozen=True)
 class Job:
-    """A part of a run: names and paths, no state. Pickled by submitit, which calls it in every process of the job."""
+    """One job of a run: names and paths, no state. Pickled by submitit, which calls it in every process of the job."""
 
     command: str  # pretrain, train, finetune, score, evaluate
     part: str  # the phase, or the fold that is held out
@@ -53,12 +53,12 @@ class Job:
 
     @property
     def is_alone(self) -> bool:
-        """Whether one process does it: scoring is not shared out."""
+        """Whether one process does it: scoring is not distributed."""
         return self.command in ("score", "evaluate")
 
     def __call__(self) -> None:
         preemption = Preemption()
-        if self.is_alone and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as on this machine: see local.py
+        if self.is_alone and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as local.py starts it
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to be saved
         environment = export_rendezvous()
         self.record(environment, "started", host=environment.hostname, code=str(Path(__file__).parents[1]))
@@ -75,11 +75,11 @@ class Job:
         _leave_group()
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit puts into the queue again; the run folder knows the rest."""
+        """What submitit requeues: the same job, since all state is in the run folder."""
         return DelayedSubmission(replace(self))
 
     def record(self, environment: JobEnvironment, event: str, **facts: Any) -> None:
-        """Add a line to the run's events, from which `status` tells why a job failed and how often it was requeued."""
+        """Add a line to the run's events, from which `status` shows why a job failed and how often it was requeued."""
         line = {
             "event": event, "part": self.name, "job": environment.job_id, "rank": environment.global_rank,
             "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "pid": os.getpid(),
@@ -99,7 +99,7 @@ class Job:
         self.record(environment, "failed", error=f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}")
 
     def _work(self, stop: Stop) -> None:
-        # Imported here: what a job is must be known before, so that it can say why an import fails.
+        # Imported here, so that an import that fails is recorded as the reason why the job failed.
         from ssl_c2f.core import options
         from ssl_c2f.report import write_page
         from ssl_c2f.tasks import commands, config
@@ -107,7 +107,7 @@ class Job:
         from ssl_c2f.tasks.finetune import FinetuneOptions, finetune
 
         launch = Path(self.config).with_name(COMMAND)
-        if launch.exists():  # what the run's provenance is to show, instead of submitit's own command
+        if launch.exists():  # the run's provenance shows the launch, not submitit's own command
             sys.argv = json.loads(launch.read_text())
         file, ckpt, is_score = Path(self.config), Path(self.ckpt), self.command == "score"
         match self.command:
@@ -125,7 +125,7 @@ class Job:
 
 
 class Preemption:
-    """USR2 becomes a request to stop at a step boundary; what submitit would have done at once is done after it."""
+    """Turns USR2 into a request to stop at a step boundary; submitit's own handler, which requeues, is called after."""
 
     def __init__(self) -> None:
         self.stop = Stop()
@@ -162,10 +162,10 @@ class Preemption:
 
 
 def export_rendezvous() -> JobEnvironment:
-    """Set what `distributed.init` reads (RANK, WORLD_SIZE, MASTER_ADDR, ...) from what the scheduler says."""
+    """Set the variables that `distributed.init` reads (RANK, WORLD_SIZE, MASTER_ADDR, ...) from the scheduler's."""
     environment = JobEnvironment()
     if environment.num_tasks > 1:
-        # Another port each time: one that was requeued may meet its predecessor's on its way out.
+        # A port of its own for each attempt: the one before may still hold its port.
         draw = Random(f"{environment.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}")
         os.environ["MASTER_PORT"] = str(draw.randint(*_PORTS))
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)

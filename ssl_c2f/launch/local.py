@@ -1,7 +1,7 @@
-"""Jobs of this machine: starting them, whether they run, and stopping them so that they save.
+"""Jobs on this machine: starting them, whether they run, and stopping them so that they save.
 
-A terminal sends Ctrl-C to all of its processes. submitit's controller would answer it by killing those that train, so
-it and they ignore SIGINT, except while training listens for it; the launcher passes on what asks it to stop.
+A terminal sends Ctrl-C to all of its processes. submitit's controller would then kill those that train, so all of these
+ignore SIGINT, except while training listens for it; the launcher passes a request to stop on to them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def start(resources: Resources, folder: Path, job: Job) -> submitit.Job[None]:
 
 
 def _python(resources: Resources) -> str:
-    """submitit gives its processes GPUs 0 to N - 1, whatever the user chose; they may have names too."""
+    """The command of a process, on the GPUs that the user chose (submitit would take 0 to N - 1)."""
     python, chosen = resources.python or shlex.quote(sys.executable), os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not resources.ngpus:
         return python

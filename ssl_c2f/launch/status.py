@@ -1,4 +1,4 @@
-"""`slurm/launch.py status`: how the jobs of a run are getting on, from its folder and the queue."""
+"""`slurm/launch.py status`: the state and progress of a run's jobs, from its folder and the queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ssl_c2f.core.files import read_json, read_jsonl
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.progress import table
+from ssl_c2f.core.progress import duration, table
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.launch import cluster, local
 from ssl_c2f.launch.jobs import events_of
@@ -20,7 +20,7 @@ _TAIL = 3  # lines of a log
 
 @dataclass(frozen=True)
 class JobStatus:
-    """One job of a run and what is known about it."""
+    """What is known about one job of a run."""
 
     run: Path
     name: str
@@ -54,11 +54,11 @@ def runs_below(path: Path) -> list[Path]:
 
 
 def jobs_of(run: Path) -> list[JobStatus]:
-    """All jobs that were submitted for a run, as they stand."""
+    """The last job that was submitted for each phase, fold or evaluation of a run."""
     jobs = read_jobs(run)
     queue = cluster.active(slurm_ids(run)) if shutil.which("squeue") else {}
     events = events_of(run)
-    parts = []
+    found = []
     for name, job in jobs.items():
         own = [event for event in events if event["part"] == name and event["job"] == job["id"]]
         starts = [i for i, event in enumerate(own) if event["event"] == "started" and event["rank"] == 0]
@@ -72,15 +72,15 @@ def jobs_of(run: Path) -> list[JobStatus]:
         rank = failures[0]["rank"] if failures else 0
         log = Path(job["log"].replace("_0_log.err", f"_{rank}_log.err"))
         requeues = max(len(starts) - 1, 0)
-        parts.append(JobStatus(run, name, job["id"], log, state, error, requeues, *_pace(run, name)))
-    return parts
+        found.append(JobStatus(run, name, job["id"], log, state, error, requeues, *_progress(run, name)))
+    return found
 
 
-def _ended(job: dict[str, Any], told: str) -> str:
-    """What became of a job that did not do its part, `told` being what it said of itself."""
+def _ended(job: dict[str, Any], last_event: str) -> str:
+    """The state of a job that neither is in the queue nor did its work."""
     if job["cluster"] == "slurm":
-        return cluster.ended(job["id"]) or told or "gone"
-    return told or ("gone" if local.is_here(job) else f"started on {job['host']}")
+        return cluster.ended(job["id"]) or last_event or "gone"
+    return last_event or ("gone" if local.is_here(job) else f"started on {job['host']}")
 
 
 def print_status(run: Path) -> None:
@@ -90,27 +90,24 @@ def print_status(run: Path) -> None:
         UserError: no job was submitted for this folder.
     """
     for each in runs_below(run.resolve()):
-        parts = jobs_of(each)
+        jobs = jobs_of(each)
         columns = ("part", "job", "state", "step", "clips/s", "left", "requeues")
-        table(str(each), columns, [(p.name, p.number, p.state, p.step, p.rate, p.left, p.requeues) for p in parts])
-        for part in parts:
-            if part.failed:
-                print(f"{part.name}: {part.error or part.state}")
-                print(f"  log: {part.log}")
-            elif part.state.startswith("RUNNING"):
-                print(f"{part.name}: {part.log}")
-                for line in _tail(part.log):
-                    print(f"  {line}")
+        table(str(each), columns, [(j.name, j.number, j.state, j.step, j.rate, j.left, j.requeues) for j in jobs])
+        for job in jobs:
+            if job.failed:
+                print(f"{job.name}: {job.error or job.state}\n  log: {job.log}")
+            elif job.state.startswith("RUNNING"):
+                print("\n  ".join([f"{job.name}: {job.log}", *_tail(job.log)]))
 
 
 def _is_done(run: Path, name: str, own: list[dict[str, Any]]) -> bool:
-    """A phase has a marker of its own; a fold or an evaluation says so itself."""
+    """A phase has a file `done`; a fold or an evaluation records an event."""
     phase = next((phase for phase in RunFolder(run).phases() if phase.name == name), None)
     return phase.is_done() if phase else any(event["event"] == "ended" and event["rank"] == 0 for event in own)
 
 
-def _pace(run: Path, name: str) -> tuple[str, str, str]:
-    """Steps of a phase, or of all phases of a fold, that are done, clips a second, and the time that is left."""
+def _progress(run: Path, name: str) -> tuple[str, str, str]:
+    """Of a phase, or of all phases of a fold: steps done, clips per second, time left."""
     is_fold, folder = name.startswith("fold-"), RunFolder(run / name)
     if not folder.plan.exists():  # a phase of `run`; recordings without folds have one fit, `run` itself
         folder = RunFolder(run)
@@ -118,18 +115,15 @@ def _pace(run: Path, name: str) -> tuple[str, str, str]:
     own = [i for i, phase in enumerate(plan) if phase["name"] == name or is_fold]
     if not own:
         return "-", "-", "-"
-    first, steps = sum(phase["steps"] for phase in plan[: own[0]]), sum(plan[i]["steps"] for i in own)
-    names = {plan[i]["name"] for i in own}
+    before, mine = plan[: own[0]], plan[own[0] : own[-1] + 1]
+    first, steps = (sum(phase["steps"] for phase in phases) for phases in (before, mine))
+    names = {phase["name"] for phase in mine}
     records = [r for r in read_jsonl(folder.metrics) if r["phase"] in names and "clips_per_second" in r]
     if not records:
         return f"0/{steps}", "-", "-"
-    done, rate, clips = records[-1]["step"] - first, records[-1]["clips_per_second"], 0
-    for i in own:
-        end = sum(phase["steps"] for phase in plan[: i + 1]) - first
-        clips += min(max(end - done, 0), plan[i]["steps"]) * plan[i]["batch_size"]
-    seconds = round(clips / rate)
-    left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    return f"{done}/{steps}", f"{rate:.0f}", left
+    last, clips = records[-1], sum(phase["clips"] for phase in [*before, *mine])
+    rate = last["clips_per_second"]
+    return f"{last['step'] - first}/{steps}", f"{rate:.0f}", duration(max(clips - last["samples"], 0) / rate)
 
 
 def _tail(log: Path) -> list[str]:

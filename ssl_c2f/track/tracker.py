@@ -1,7 +1,7 @@
 """Metrics of a run: every record as a flushed line of metrics.jsonl, and to W&B where that works.
 
-The file is the truth. W&B gets the same records, one W&B run per phase, as rows whose number follows from the step.
-When a run goes on, what W&B's server has already is not sent again, and what it never got is.
+The file is the reference. W&B gets the same records, one W&B run per phase, as rows whose number follows from the step.
+When a run is resumed, W&B's server gets the records that it lacks, and no record twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_c2f.core.files import read_jsonl
 from ssl_c2f.core.options import UserError
+from ssl_c2f.core.signals import Interrupted
 from ssl_c2f.track.wandb_run import Call, Identity, TrackingOptions, WandbRun
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """Takes the records of one phase. Only rank 0 has one. Whatever W&B does, nothing but a full disk raises here."""
+    """Takes the records of one phase; only rank 0 has one. Errors of W&B are reported, not raised."""
 
     def __init__(
         self,
@@ -57,8 +58,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        signum = getattr(error, "signum", None)  # signals.Interrupted
-        self.finish(0 if kind is None else 128 + signum if signum else 1)
+        self.finish(0 if error is None else 128 + error.signum if isinstance(error, Interrupted) else 1)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write one record, which should hold `phase`, `step` and the AXES.
@@ -78,16 +78,16 @@ class Tracker:
         self.wandb.call(lambda run: _send(run, record))
 
     def validated(self, step: int) -> bool:
-        """Whether the step's validation is on record."""
+        """Whether the step's validation has been logged."""
         return self.last.get("step") == step and is_validation(self.last)
 
     def publish(self, what: Call, seconds: float = 0.0) -> None:
-        """Do something with the W&B run (a table, an artifact), if there is one; see `WandbRun.publish`."""
+        """Give the W&B run more than records (a table, an artifact), if there is one; see `WandbRun.publish`."""
         self.wandb.publish(what, seconds)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the file and the W&B run; calling it again does nothing."""
-        with contextlib.suppress(OSError):  # a full disk, of which `log` has told
+        with contextlib.suppress(OSError):  # a full disk, which `log` has reported
             self._file.close()
         self.wandb.finish(exit_code)
 
@@ -98,20 +98,20 @@ class Tracker:
 
 
 def _send(run: Run, record: Mapping[str, Any]) -> None:
-    """Steps are logged, and validated, at most once each. Lines of the file would not do as numbers: after a rollback a
-    run may go on with another `log_every`."""
+    """Log a record as the row of its step: each step is logged, and validated, at most once. (Line numbers of the file
+    do not serve: after a rollback a run may continue with another `log_every`.)"""
     row = 2 * int(record["step"]) + is_validation(record)
     if row >= run.starting_step:
         run.log(dict(record), step=row)
 
 
 def is_validation(record: Mapping[str, Any]) -> bool:
-    """Whether it tells of held-out clips rather than of training."""
+    """Whether the record is of validation rather than of training."""
     return any(name.startswith("val/") for name in record)
 
 
 def _as_logged(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_finite` made a line of."""
+    """The record that `_finite` made a line of."""
     odd = {key.removesuffix("_nonfinite"): float(v) for key, v in record.items() if key.endswith("_nonfinite")}
     return {key: value for key, value in record.items() if not key.endswith("_nonfinite")} | odd
 

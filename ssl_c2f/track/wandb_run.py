@@ -1,9 +1,7 @@
-"""One W&B run that can do no harm: online where its server answers soon, else offline, and never a delay of more than a
-few seconds.
+"""A W&B run that never disturbs training: online if its server answers soon, else offline; delays by seconds at most.
 
-What it is given is on the disk elsewhere (metrics.jsonl, pictures, checkpoints). So whenever the server or W&B's
-own process is lost, all of it is written once more, whole, as an offline run under the same id, which `wandb sync`
-uploads.
+Everything that it logs is on the disk already (metrics.jsonl, pictures, checkpoints). So when the server or W&B's own
+process is lost, all of it is written once more as a complete offline run under the same id, which `wandb sync` uploads.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,9 +66,9 @@ class Identity:
 
 
 class WandbRun:
-    """A W&B run and what to do where it fails. Nothing raises here.
+    """A W&B run, and what to do where it fails. Nothing raises here.
 
-    `replay` logs everything that is on the disk to a run that has begun, from its `starting_step` on.
+    `replay` logs to a new or resumed run all records that are on the disk, from its `starting_step` on.
     """
 
     def __init__(
@@ -79,47 +77,33 @@ class WandbRun:
         self.options, self.identity, self.replay, self.note = options, identity, replay, note
         self.run: Run | None = None
         self._done: list[Call] = []  # what an offline copy repeats
-        self._told = self._lost = False
+        self._reported = self._lost = False
         if options.wandb != "off":
-            try:
+            with self._harmless():
                 self.run = self._start()
                 replay(self.run)
-            except Exception as error:
-                self._tell(error)
 
     def call(self, what: Call) -> None:
         """Do something that returns at once, such as logging a record."""
         if self.run is not None and not self._lost:
-            try:
+            with self._harmless():
                 what(self.run)
-            except Exception as error:
-                self._tell(error)
 
     def publish(self, what: Call, seconds: float = 0.0) -> None:
         """Do something that may ask the server (tables, artifacts); after `timeout_seconds` + `seconds` it is lost."""
         self._done.append(what)
         if self.run is None or self._lost:
             return
-        errors: list[Exception] = []
-
-        def work(run: Run) -> None:
-            try:
-                what(run)
-            except Exception as error:
-                errors.append(error)
-
         if self.run.offline:
-            work(self.run)
+            self.call(what)
         else:
-            thread = threading.Thread(target=work, args=(self.run,), daemon=True)
+            thread = threading.Thread(target=self.call, args=(what,), daemon=True)
             thread.start()
             thread.join(self.options.timeout_seconds + seconds)
             self._lost = thread.is_alive()
-        for error in errors:
-            self._tell(error)
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the run; where not all of it was taken in time, leave a whole copy for `wandb sync`."""
+        """End the run; if the server did not take all of it in time, write a complete offline copy."""
         run, self.run = self.run, None
         if run is None:
             return
@@ -140,15 +124,13 @@ class WandbRun:
         import wandb
 
         self._note_offline(reason)
-        with contextlib.suppress(Exception):  # what is gone cannot be told to go
+        with contextlib.suppress(Exception):  # W&B's service may already be dead
             wandb.teardown(exit_code)
-        try:
+        with self._harmless():
             run = _init(self.options, self.identity, "offline")
             for call in (self.replay, *self._done):
                 call(run)
             run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._tell(error)
 
     def _start(self) -> Run:
         """Begin or resume the run, offline where online fails."""
@@ -174,33 +156,38 @@ class WandbRun:
         files = f"{self.identity.folder}/wandb/offline-run-*"
         self.note(f"W&B is offline ({reason}); upload later with: wandb sync {files}")
 
-    def _tell(self, error: Exception) -> None:
-        if not self._told:
-            self.note(f"W&B failed ({one_line(error)}); the run goes on, and its folder has every record")
-        self._told = True
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Report the first error of W&B's, and raise none."""
+        try:
+            yield
+        except Exception as error:
+            if not self._reported:
+                self.note(f"W&B failed ({one_line(error)}); the run goes on, and its folder has every record")
+            self._reported = True
 
 
 def _init(options: TrackingOptions, identity: Identity, mode: Any) -> Run:
     import wandb
 
-    run_id, online = _run_id(identity.id_file), mode == "online"
-    if not online:
-        _remove_superseded(identity.folder, run_id)
+    if not identity.id_file.exists() or not identity.id_file.read_text().strip():
+        write_text(identity.id_file, secrets.token_hex(4) + "\n")
+    run_id, online = identity.id_file.read_text().strip(), mode == "online"
+    # An offline run holds everything from the start: it replaces the offline copies of before an interruption.
+    for old in identity.folder.glob(f"wandb/offline-run-*-{run_id}") if not online else ():
+        shutil.rmtree(old, ignore_errors=True)
+    # W&B prints nothing, blocks the end of a run only briefly, and collects no code, environment or command line.
+    settings = wandb.Settings(
+        mode=mode, init_timeout=options.timeout_seconds, finish_timeout=options.timeout_seconds,
+        finish_timeout_raises=True, silent=True, console="off", disable_git=True, disable_code=True,
+        disable_job_creation=True, save_code=False, x_disable_meta=True, x_save_requirements=False,
+    )
     run = wandb.init(
-        dir=identity.folder,
-        project=options.project,
-        entity=options.entity,
-        group=identity.group,
-        job_type=identity.job_type,
-        name=f"{identity.group} {identity.job_type} {identity.label}".strip(),
-        tags=options.tags,
-        config=dict(identity.config),
-        id=run_id,
-        # an offline run holds everything from the start: `wandb sync` is not to add it to what the server has
-        resume="allow" if online else None,
-        reinit="create_new",
-        allow_val_change=True,
-        settings=wandb.Settings(mode=mode, init_timeout=options.timeout_seconds, **_quiet(options)),
+        dir=identity.folder, project=options.project, entity=options.entity, group=identity.group,
+        job_type=identity.job_type, name=f"{identity.group} {identity.job_type} {identity.label}".strip(),
+        tags=options.tags, config=dict(identity.config), id=run_id,
+        resume="allow" if online else None,  # `wandb sync` must not append an offline run to what the server has
+        reinit="create_new", allow_val_change=True, settings=settings,
     )
     for axis in AXES:
         run.define_metric(axis, hidden=True)
@@ -225,32 +212,3 @@ def _automatic_mode() -> str:
     import wandb
 
     return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-
-
-def _quiet(options: TrackingOptions) -> dict[str, Any]:
-    """W&B prints nothing, blocks the end of a run only briefly, and collects no code, environment or command line."""
-    return {
-        "silent": True,
-        "console": "off",
-        "finish_timeout": options.timeout_seconds,
-        "finish_timeout_raises": True,
-        "disable_git": True,
-        "disable_code": True,
-        "disable_job_creation": True,
-        "save_code": False,
-        "x_disable_meta": True,
-        "x_save_requirements": False,
-    }
-
-
-def _remove_superseded(folder: Path, run_id: str) -> None:
-    """Offline copies of the run from before an interruption: the next one holds all that they held."""
-    for old in folder.glob(f"wandb/offline-run-*-{run_id}"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _run_id(file: Path) -> str:
-    """The W&B id in `file`; a new one is written there first."""
-    if not file.exists() or not file.read_text().strip():
-        write_text(file, secrets.token_hex(4) + "\n")
-    return file.read_text().strip()

@@ -12,6 +12,9 @@ import torch
 
 from ssl_c2f import cli
 from ssl_c2f.core import checkpoint
+from ssl_c2f.core.files import write_json
+from ssl_c2f.core.run_folder import RunFolder
+from ssl_c2f.train.publish import group_of
 from ssl_c2f.train.weights import load_weights, results_folder
 
 SHORT = ["phases=[{name: tune, steps: 1, batch_size: 4}]", "tracking.wandb=off", "train.rehearse=false",
@@ -90,3 +93,14 @@ def test_results_have_a_place(tmp_path: Path) -> None:
     assert results_folder(Path("weights/ours/checkpoints/step-00000000")) == Path("weights/ours")
     assert results_folder(Path("runs/x/phases/0-a/checkpoints/step-00000001")) == Path("runs/x")
     assert results_folder(Path("ours/checkpoints/step-00000000")) == Path("ours")
+
+
+def test_weights_anywhere_have_a_wandb_group(tmp_path: Path) -> None:
+    file = tmp_path / "ast.pth"
+    file.touch()
+    assert group_of(str(file)) == "ast"
+    assert (group_of("/x.pth"), group_of("/a/b/c/x.pth")) == ("x.pth", "x.pth"), "a path of a run that was moved since"
+    assert group_of("runs/x/phases/0-a/checkpoints/step-00000001") == "x"
+    phase = RunFolder(tmp_path).phase(0, "a")
+    write_json(phase.path / "wandb.json", {"id": "1", "group": "mine"})
+    assert group_of(str(phase.checkpoints / "step-00000001")) == "mine"
