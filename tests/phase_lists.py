@@ -20,4 +20,4 @@ def phase_list(options: Sequence[PhaseOptions], flops: float = 1.0) -> Curriculu
             one, phases[-1] if phases else None, geometry=GEOMETRY, masking=None,
             costs=(Part("any", flops, 1.0, tokens=7),), num_clips=NUM_CLIPS, lr=1e-3, min_lr_ratio=0.1,
         ))
-    return Curriculum(tuple(phases))
+    return Curriculum(tuple(phases), NUM_CLIPS)

@@ -102,6 +102,7 @@ class Curriculum:
     """The phases of a run in order."""
 
     phases: tuple[Phase, ...]
+    clips_per_epoch: int
 
     @property
     def steps(self) -> int:

@@ -10,7 +10,15 @@ from pathlib import Path
 from ssl_c2f.core.files import append_line, read_jsonl
 from ssl_c2f.core.options import UserError
 from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.data.dataset import DataOptions, Source, Windows, fill_cache, open_manifest, split
+from ssl_c2f.data.dataset import (
+    DataOptions,
+    Source,
+    Windows,
+    clips_per_epoch,
+    fill_cache,
+    open_manifest,
+    split,
+)
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
 
@@ -73,6 +81,10 @@ class Corpus:
         bad = BadFiles(None, options.max_bad_files)
         bad.add(manifest.bad)
         return cls(manifest, list(range(len(manifest.clips))), [], options, 0, bad)
+
+    def clips_per_epoch(self, geometry: Geometry) -> int:
+        """Crops that an epoch takes of the training clips: one of each segment."""
+        return clips_per_epoch(self.manifest, self.training, geometry)
 
     @property
     def num_classes(self) -> int:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -42,6 +45,9 @@ class DataOptions(Options):
     fold_pattern: str | None = Field(None, description="regular expression whose one group is a file name's fold")
     val_folds: tuple[int, ...] = Field((), description="folds held out for validation")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="share held out where no folds are; chosen by path")
+    group_pattern: str | None = Field(
+        None, description="regular expression; recordings in whose paths it (or its group) finds the same stay together"
+    )
     workers: int = Field(0, ge=0, description="loader processes; unused when the spectrograms are cached")
     cache_gb: float = Field(4.0, ge=0, description="keep spectrograms in memory if they fit, per process; 0 never does")
     max_bad_files: int = Field(100, ge=0, description="unreadable files that are skipped before the run stops")
@@ -52,14 +58,32 @@ def open_manifest(options: DataOptions, progress: Callable[[int, int], object] |
     """The manifest that the options name. Raises UserError."""
     root = Path(options.root) if options.root else None
     if options.manifest:
-        return read_manifest(Path(options.manifest), root, progress=progress)
-    if root is None:
+        found = read_manifest(Path(options.manifest), root, progress=progress)
+    elif root is None:
         raise UserError("no audio: give data.root=FOLDER or data.manifest=FILE")
-    return scan(root, fold_pattern=options.fold_pattern, progress=progress)
+    else:
+        found = scan(root, fold_pattern=options.fold_pattern, progress=progress)
+    return found if options.group_pattern is None else grouped(found, options.group_pattern)
+
+
+def grouped(manifest: Manifest, pattern: str) -> Manifest:
+    """The manifest with the group of each path that a regular expression matches.
+
+    Raises:
+        UserError: it is none, or matches no path.
+    """
+    try:
+        matches = [re.search(pattern, clip.path) for clip in manifest.clips]
+    except re.error as error:
+        raise UserError(f"data.group_pattern={pattern}: {error}") from None
+    if not any(matches):
+        raise UserError(f"data.group_pattern={pattern}: matches no path, for example not {manifest.clips[0].path!r}")
+    names = [match and (match[1] if match.re.groups else match[0]) for match in matches]
+    return replace(manifest, clips=tuple(map(lambda clip, name: replace(clip, group=name), manifest.clips, names)))
 
 
 def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int]]:
-    """Clips to train on and clips held out.
+    """Clips to train on and clips held out. A fraction never splits a recording, nor a group.
 
     Raises:
         UserError: a fold that no clip has, or nothing left to train on.
@@ -69,12 +93,26 @@ def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int
         held_out = manifest.in_folds(options.val_folds, "data.val_folds")
     else:
         limit = int(options.val_fraction * 2**32)
-        digests = (hashlib.sha256(os.fsencode(clip.path)).digest() for clip in manifest.clips)
+        digests = (hashlib.sha256(os.fsencode(clip.unit)).digest() for clip in manifest.clips)
         held_out = [i for i, digest in enumerate(digests) if int.from_bytes(digest[:4], "big") < limit]
     training = sorted(set(everything) - set(held_out))
     if not training:
         raise UserError(f"no clip of {manifest.root} is left to train on: all are held out")
     return training, held_out
+
+
+def clips_per_epoch(manifest: Manifest, clips: Sequence[int], geometry: Geometry) -> int:
+    """Crops that an epoch takes of some clips: one of each segment."""
+    return len(segments_of(first_segments(manifest, geometry), clips))
+
+
+def amount(manifest: Manifest, clips: Sequence[int], geometry: Geometry) -> str:
+    """How much audio some clips are, in words."""
+    chosen = [manifest.clips[i] for i in clips]
+    hours, files = sum(clip.seconds for clip in chosen) / 3600, len({clip.path for clip in chosen})
+    rows = f" ({len(chosen):,} stretches)" if manifest.has_stretches else ""
+    count, seconds = clips_per_epoch(manifest, clips, geometry), geometry.clip_samples / geometry.sample_rate
+    return f"{hours:.2f} h of audio in {files:,} recordings{rows}: {count:,} clips of {seconds:g} s per epoch"
 
 
 class Crop(NamedTuple):
@@ -94,15 +132,39 @@ class Source:
     cache: dict[int, Tensor] = field(default_factory=dict)  # clip -> (T, F) log-mel of the whole recording, unpooled
     damaged: dict[int, AudioError] = field(default_factory=dict)  # why clips are missing from the cache
 
+    def _span(self, clip: int) -> tuple[int, int]:
+        """Where a clip begins and ends in its file, in samples at the geometry's rate."""
+        row, rate = self.manifest.clips[clip], self.geometry.sample_rate
+        whole = resampled_length(row.num_samples, row.sample_rate, rate)
+        first = min(round(row.start * rate), whole - 1)
+        return first, whole if row.end is None else min(max(round(row.end * rate), first + 1), whole)
+
     def length(self, clip: int) -> int:
         """Samples of a clip at the geometry's rate, as its header says."""
-        header = self.manifest.clips[clip]
-        return resampled_length(header.num_samples, header.sample_rate, self.geometry.sample_rate)
+        first, last = self._span(clip)
+        return last - first
 
-    def random_start(self, clip: int, key: Tensor) -> int:
-        step = self.geometry.crop_step
+    def read(self, clip: int, start: int, num: int) -> Tensor:
+        """At most `num` samples of a clip from sample `start` on: (S,). Raises AudioError."""
+        first, last = self._span(clip)
+        return read_audio(self.place(clip), self.geometry.sample_rate, first + start, min(num, last - first - start))
+
+    @cached_property
+    def first_segments(self) -> np.ndarray:
+        """(n + 1,) how many segments there are before each clip, and in all."""
+        return first_segments(self.manifest, self.geometry)
+
+    def random_start(self, segment: int, key: Tensor) -> tuple[int, int]:
+        """The clip that a segment is part of, and a sample from which a crop covers about this segment.
+
+        The places where a crop of the clip may start are dealt out evenly among its segments.
+        """
+        clip = int(np.searchsorted(self.first_segments, segment, "right")) - 1
+        first, last = self.first_segments[clip : clip + 2].tolist()
+        step, index, count = self.geometry.crop_step, segment - first, last - first
         places = max(self.length(clip) - self.geometry.clip_samples, 0) // step + 1
-        return int(draws.integers(draws.key(key, "crop"), places)) * step
+        begin, end = index * places // count, (index + 1) * places // count
+        return clip, (begin + int(draws.integers(draws.key(key, "crop"), max(end - begin, 1)))) * step
 
     def crop(self, clip: int, start: int) -> Crop:
         """What there is from sample `start` on, padded with 0 to a clip's length.
@@ -120,11 +182,24 @@ class Source:
                 raise AudioError(self.place(clip), f"ends before sample {start}")
             log_mel = F.pad(frames, (0, 0, 0, num_frames - len(frames)))
             return Crop(None, log_mel, min(self.length(clip) - start, g.clip_samples))
-        audio = read_audio(self.place(clip), g.sample_rate, start, g.clip_samples)
+        audio = self.read(clip, start, g.clip_samples)
         return Crop(F.pad(audio, (0, g.clip_samples - len(audio))), None, len(audio))
 
     def place(self, clip: int) -> Place:
         return self.manifest.clips[clip].place(self.manifest.root)
+
+
+def first_segments(manifest: Manifest, geometry: Geometry) -> np.ndarray:
+    """(n + 1,) how many segments there are before each of n clips, and in all: a clip longer than a crop is as many
+    segments as it holds crops, any other one."""
+    seconds = geometry.clip_samples / geometry.sample_rate
+    return np.cumsum([0, *(max(int(clip.seconds / seconds + 1e-6), 1) for clip in manifest.clips)])
+
+
+def segments_of(first: np.ndarray, clips: Sequence[int]) -> np.ndarray:
+    """The segments of some clips, `first_segments` given: each of them gives one crop in an epoch."""
+    begin, count = first[clips], np.diff(first)[clips]
+    return np.repeat(begin - np.cumsum(count) + count, count) + np.arange(count.sum())
 
 
 def fill_cache(
@@ -145,8 +220,7 @@ def fill_cache(
             # Piece by piece: hours of many channels at a high rate are far larger than their spectrogram.
             starts = range(0, g.raw_frames(source.length(clip)) * g.hop, _CHUNK * g.hop)
             return torch.cat([
-                log_mel(read_audio(source.place(clip), g.sample_rate, s, (_CHUNK - 1) * g.hop + g.window)[None])[0]
-                for s in starts
+                log_mel(source.read(clip, s, (_CHUNK - 1) * g.hop + g.window)[None])[0] for s in starts
             ])
         except AudioError as error:
             return error
@@ -182,24 +256,27 @@ class Item(NamedTuple):
 class TrainingClips(Dataset[Item]):
     """The endless stream of training samples: item p is the p-th sample of the run, whoever asks for it and when.
 
+    An epoch is one crop of each segment of the clips, drawn from (seed, epoch, segment).
+
     A batch for which nothing readable is found is a UserError, handed over and not raised: what a worker raises comes
     to the main process as a traceback in a string.
     """
 
     def __init__(self, source: Source, clips: Sequence[int], seed: int, augment: AugmentOptions) -> None:
-        self.source, self.clips, self.seed, self.augment = source, clips, seed, augment
+        self.source, self.seed, self.augment = source, seed, augment
+        self.segments = segments_of(source.first_segments, clips)
 
     def __getitem__(self, position: int) -> Item:
-        epoch, place = clip_at(self.seed, position, len(self.clips))
-        key = draws.key(self.seed, epoch, self.clips[place])
-        item = self._readable(self.clips[place], key)
+        epoch, place = clip_at(self.seed, position, len(self.segments))
+        segment = int(self.segments[place])
+        key = draws.key(self.seed, epoch, segment)
+        item = self._readable(segment, key)
         share = mixup_share(key, self.augment)
         if self.augment.mixup_prob == 0:
             return item
         if share == 1.0:  # its own partner: batches mix all their clips or none
             return item._replace(partner=item)
-        other = self.clips[int(draws.integers(draws.key(key, "partner"), len(self.clips)))]
-        partner = self._readable(other, draws.key(key, "partner crop"))
+        partner = self._readable(self._other(draws.key(key, "partner")), draws.key(key, "partner crop"))
         return item._replace(partner=partner, share=share, bad=item.bad + partner.bad)
 
     def __getitems__(self, batch: Sequence[int]) -> list[Item] | UserError:
@@ -208,16 +285,20 @@ class TrainingClips(Dataset[Item]):
         except UserError as error:
             return UserError(str(error))  # without its traceback, which cannot be sent
 
-    def _readable(self, clip: int, key: Tensor) -> Item:
-        """A random crop of the clip, or of others drawn from its key while the clip cannot be read."""
+    def _other(self, key: Tensor) -> int:
+        return int(self.segments[int(draws.integers(key, len(self.segments)))])
+
+    def _readable(self, segment: int, key: Tensor) -> Item:
+        """A random crop of the segment, or of others drawn from its key while the recording cannot be read."""
         bad: list[tuple[str, str]] = []
         for attempt in range(_REPLACEMENTS):
+            clip, start = self.source.random_start(segment, key)
             try:
-                crop = self.source.crop(clip, self.source.random_start(clip, key))
+                crop = self.source.crop(clip, start)
                 return Item(crop, clip, key, self.source.manifest.labels([clip])[0], bad=tuple(bad))
             except AudioError as error:
                 bad.append((self.source.manifest.clips[clip].path, error.reason))
-                clip = self.clips[int(draws.integers(draws.key(key, "replacement", attempt), len(self.clips)))]
+                segment = self._other(draws.key(key, "replacement", attempt))
         raise UserError(f"{len(bad)} clips in a row cannot be read, the last is {bad[-1][0]}: {bad[-1][1]}")
 
 

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.data.decode import AudioError, Member, read_header
+from ssl_c2f.data.decode import AudioError, Header, Member, read_header
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
-_COLUMNS = ("path", "label", "labels", "fold", "num_samples", "sample_rate", "channels", "shard", "offset", "size")
+_COLUMNS = ("path", "start", "end", "label", "labels", "fold", "group", "num_samples", "sample_rate", "channels",
+            "shard", "offset", "size")
 _NUMBERS = ("num_samples", "sample_rate", "channels", "offset", "size")
 _ESC_FOLD = r"^(\d)-\d+-[A-Z]"  # the file names of ESC-10 and ESC-50: 1-100032-A-0.wav is in fold 1
 
@@ -34,7 +36,7 @@ Progress = Callable[[int, int], object]  # called with (files read, files in all
 
 @dataclass(frozen=True)
 class Clip:
-    """One audio file. `num_samples` counts at the file's own `sample_rate`."""
+    """One recording, or a stretch of it. `num_samples` counts the whole file at its own `sample_rate`."""
 
     path: str  # relative to the manifest's root, with forward slashes; in a shard, the name that it had
     labels: tuple[str, ...] = ()  # empty: unlabelled
@@ -45,6 +47,20 @@ class Clip:
     shard: str | None = None  # the file, relative to the root, that holds its bytes; None: the file at `path`
     offset: int = 0
     size: int = 0
+    start: float = 0.0  # seconds into the recording
+    end: float | None = None  # None: to its end
+    group: str | None = None  # a site or a recorder, whose recordings are all trained on or all held out
+
+    @property
+    def seconds(self) -> float:
+        """Its length; a stretch ends with its recording at the latest."""
+        whole = self.num_samples / self.sample_rate
+        return (whole if self.end is None else min(self.end, whole)) - self.start
+
+    @property
+    def unit(self) -> str:
+        """What is never split between training and validation: its group, else its recording."""
+        return self.group or self.path
 
     def place(self, root: Path) -> Path | Member:
         """Where its bytes are."""
@@ -53,7 +69,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The usable clips under `root`, sorted by path, their classes, sorted, and (path, reason) of the bad files."""
+    """The usable clips under `root`, sorted by path and time, their sorted classes, and (path, reason) of bad files."""
 
     root: Path
     clips: tuple[Clip, ...]
@@ -70,6 +86,11 @@ class Manifest:
     @cached_property
     def _column(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.classes)}
+
+    @cached_property
+    def has_stretches(self) -> bool:
+        """Whether any clip is not a whole recording."""
+        return any(clip.start or clip.end is not None for clip in self.clips)
 
     @cached_property
     def folds(self) -> list[int]:
@@ -135,29 +156,36 @@ def audio_in(root: Path) -> list[Path]:
 def read_manifest(file: Path, root: Path | None = None, *, progress: Progress | None = None) -> Manifest:
     """The clips that a CSV or JSONL file lists, with paths relative to `root` (default: the file's own folder).
 
-    Columns: path; label or labels (several: separated by ';', or a list in JSONL); fold; and, to spare reading every
-    header, all of num_samples, sample_rate and channels. Clips in shards have shard, offset and size. All but path are
-    optional. Missing audio is `bad`.
+    Columns: path; start and end, seconds into the recording, which may have several rows, overlapping or not; label or
+    labels (several: separated by ';', or a list in JSONL); fold; group; and, to spare reading every header, all of
+    num_samples, sample_rate and channels. Clips in shards have shard, offset and size. All but path are optional.
+    Missing audio is `bad`, and so is a stretch that begins behind the end of its recording.
 
     Raises:
         UserError: no such file, not in this form (says where), or no usable audio.
     """
+    return checked(root or file.parent, listed_in(file), progress)
+
+
+def listed_in(file: Path) -> list[Clip]:
+    """What a manifest lists, whether it is there or not. Raises UserError as `read_manifest`."""
     rows = _read_rows(file)
     unknown = {column for _, row in rows for column in row} - set(_COLUMNS)
     if unknown:
         raise UserError(f"{file}: unknown column {min(unknown)!r} (known: {', '.join(_COLUMNS)})")
-    clips: dict[str, Clip] = {}
+    clips: dict[tuple[str, float, float | None], Clip] = {}
     for line, row in rows:
         try:
             clip = _clip(row)
         except ValueError as error:
             raise UserError(f"{file}, line {line}: {error}") from None
-        if clip.path in clips:
-            raise UserError(f"{file}, line {line}: {clip.path} is listed twice")
-        clips[clip.path] = clip
+        key = (clip.path, clip.start, clip.end)
+        if key in clips:
+            raise UserError(f"{file}, line {line}: {clip.path} is listed twice" + _times(clip))
+        clips[key] = clip
     if not clips:
         raise UserError(f"{file}: lists no clips")
-    return checked(root or file.parent, list(clips.values()), progress)
+    return list(clips.values())
 
 
 def write_manifest(manifest: Manifest, file: Path) -> None:
@@ -180,8 +208,11 @@ def write_manifest(manifest: Manifest, file: Path) -> None:
 
 def fingerprint(manifest: Manifest) -> str:
     """A SHA-256 of the clips, whatever their order and wherever they are: at other roots, in shards or not."""
-    where = ("shard", "offset", "size")
-    rows = sorted(json.dumps({k: v for k, v in asdict(clip).items() if k not in where}) for clip in manifest.clips)
+    where, later = ("shard", "offset", "size"), {"start": 0.0, "end": None, "group": None}  # as before these came
+    rows = sorted(
+        json.dumps({k: v for k, v in asdict(clip).items() if k not in where and not (k in later and v == later[k])})
+        for clip in manifest.clips
+    )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -205,28 +236,45 @@ def checked(root: Path, listed: Sequence[Clip], progress: Progress | None = None
         UserError: none can be used.
     """
 
-    def check(clip: Clip) -> Clip | AudioError:
+    def check(clip: Clip) -> Header | AudioError:
         try:
             place = clip.place(root)
             file = place.shard if isinstance(place, Member) else place
             known = clip.num_samples and clip.sample_rate and clip.channels and file.is_file()
-            return clip if known else replace(clip, **read_header(place)._asdict())
+            return Header(clip.num_samples, clip.sample_rate, clip.channels) if known else read_header(place)
         except AudioError as error:
             return error
 
-    clips, bad = [], []
+    files = {(clip.shard, clip.offset, clip.path): clip for clip in listed}  # one row of each: a header is read once
+    headers: dict[tuple[str | None, int, str], Header | AudioError] = {}
     with ThreadPoolExecutor(16) as pool:
-        for index, result in enumerate(pool.map(check, listed)):
-            if isinstance(result, Clip):
-                clips.append(result)
-            else:
-                bad.append((listed[index].path, result.reason))
+        for done, (key, header) in enumerate(zip(files, pool.map(check, files.values()), strict=True), 1):
+            headers[key] = header
             if progress:
-                progress(index + 1, len(listed))
+                progress(done, len(files))
+    clips, bad = list[Clip](), set[tuple[str, str]]()
+    for clip in listed:
+        header = headers[clip.shard, clip.offset, clip.path]
+        if isinstance(header, AudioError):
+            bad.add((clip.path, header.reason))
+            continue
+        clip = replace(clip, **header._asdict())
+        if clip.seconds > 0:
+            clips.append(clip)
+        else:
+            ends = header.num_samples / header.sample_rate
+            bad.add((clip.path, f"ends at {ends:g} s, before a stretch of it begins" + _times(clip)))
     if not clips:
+        path, reason = min(bad)
         where = f"{root}: " if root.parts else ""
-        raise UserError(f"{where}none of {len(bad)} recordings can be read; {bad[0][0]}: {bad[0][1]}")
-    return Manifest(root, tuple(sorted(clips, key=lambda clip: clip.path)), classes_of(clips), tuple(sorted(bad)))
+        raise UserError(f"{where}none of {len(bad)} recordings can be read; {path}: {reason}")
+    clips.sort(key=lambda clip: (clip.path, clip.start, clip.seconds))
+    return Manifest(root, tuple(clips), classes_of(clips), tuple(sorted(bad)))
+
+
+def _times(clip: Clip) -> str:
+    end = "its end" if clip.end is None else f"{clip.end:g} s"
+    return f" (from {clip.start:g} s to {end})" if clip.start or clip.end is not None else ""
 
 
 def _is_jsonl(file: Path) -> bool:
@@ -276,7 +324,25 @@ def _clip(row: dict[str, Any]) -> Clip:
         raise ValueError(f"labels {labels!r} are not text")
     numbers = {name: _whole(name, row.get(name)) for name in _NUMBERS}
     fold, shard = _whole("fold", row.get("fold")), row.get("shard") or None
-    return Clip(path, tuple(labels), fold, shard=shard, **{name: value or 0 for name, value in numbers.items()})
+    start, end = _seconds("start", row.get("start")) or 0.0, _seconds("end", row.get("end"))
+    if end is not None and end <= start:
+        raise ValueError(f"end {end:g} is not after start {start:g}")
+    return Clip(
+        path, tuple(labels), fold, shard=shard, start=start, end=end, group=str(row.get("group") or "") or None,
+        **{name: value or 0 for name, value in numbers.items()},
+    )
+
+
+def _seconds(name: str, value: object) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(str(value))
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name} {value!r} is not a number of seconds")
+    return seconds
 
 
 def _whole(name: str, value: object) -> int | None:

@@ -26,7 +26,7 @@ class Rows:
 
     values: Tensor  # (W, D) float32
     clip: Tensor  # (W,) index into the corpus
-    start: Tensor  # (W,) seconds into the recording
+    start: Tensor  # (W,) seconds into the file
     frames: Tensor  # (W,) real frames
 
     def by_clip(self) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,8 @@ class Runner:
         if not kept.any():
             path, reason = next(iter(self.corpus.bad.seen.items()))
             raise UserError(f"none of {len(self.corpus.bad.seen)} recordings can be read; {path}: {reason}")
-        return Rows(values[kept], clip[kept], starts[whole[planned]] / g.sample_rate, frames[kept])
+        begin = torch.tensor([self.corpus.manifest.clips[i].start for i in clip[kept].tolist()])
+        return Rows(values[kept], clip[kept], starts[whole[planned]] / g.sample_rate + begin, frames[kept])
 
     def batches(
         self, clips: Sequence[int], *, per_clip: int | None = None, masking: Masking | None = None, draw: int = 0

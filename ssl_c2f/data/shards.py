@@ -49,12 +49,13 @@ def write_shards(
 
 
 def _groups(manifest: Manifest, most: float) -> Iterator[list[Clip]]:
-    """Consecutive clips of at most `most` bytes, and one at least."""
+    """Consecutive clips of at most `most` bytes, and one recording at least."""
     group: list[Clip] = []
     total = 0
     for clip in manifest.clips:
-        size = (manifest.root / clip.path).stat().st_size
-        if group and total + size > most:
+        more = group and group[-1].path == clip.path  # another stretch of the same recording
+        size = 0 if more else (manifest.root / clip.path).stat().st_size
+        if group and total + size > most and not more:
             yield group
             group, total = [], 0
         group.append(clip)
@@ -68,8 +69,8 @@ def _write_shard(file: Path, root: Path, clips: Sequence[Clip]) -> list[Clip]:
     try:
         with temporary.open("wb") as stream:
             with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, dereference=True) as tar:
-                for clip in clips:
-                    tar.add(root / clip.path, clip.path, filter=_anonymous)
+                for path in dict.fromkeys(clip.path for clip in clips):
+                    tar.add(root / path, path, filter=_anonymous)
             stream.flush()
             os.fsync(stream.fileno())
         with tarfile.open(temporary) as tar:

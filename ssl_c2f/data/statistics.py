@@ -47,12 +47,13 @@ class InputStatistics:
         return FrontEnd(geometry, self.of(geometry))
 
     def _measure(self, geometry: Geometry) -> Statistics:
-        """Over the real frames of one window of each clip."""
+        """Over the real frames of one window of each clip, or of more where there are fewer clips than wanted."""
         corpus = self.corpus
         order = draws.key(corpus.seed, torch.tensor(corpus.training), "statistics").argsort()
         clips = [corpus.training[i] for i in order[: corpus.options.statistics_clips]]
         total = torch.zeros(3, dtype=torch.float64)
-        for batch in Runner(corpus, FrontEnd(geometry, Statistics(0.0, 1.0)), 32).batches(clips, per_clip=1):
+        each = max(corpus.options.statistics_clips // len(clips), 1)
+        for batch in Runner(corpus, FrontEnd(geometry, Statistics(0.0, 1.0)), 32).batches(clips, per_clip=each):
             real = torch.arange(batch.spec.shape[1]) < batch.num_frames[:, None]
             values = batch.spec[real].double()
             total += torch.stack([torch.tensor(float(values.numel())), values.sum(), values.square().sum()])

@@ -14,7 +14,7 @@ from ssl_c2f.core import options as option_files
 from ssl_c2f.core.files import read_json
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.run_folder import RunFolder
-from ssl_c2f.data.dataset import open_manifest, split
+from ssl_c2f.data.dataset import clips_per_epoch, open_manifest, split
 from ssl_c2f.launch.jobs import FOLDER, Job
 from ssl_c2f.launch.schedule import Stages, Task
 from ssl_c2f.tasks import config
@@ -105,7 +105,8 @@ def _phases(command: str, words: Sequence[str], path: Path, world: int, only: Co
     if unknown := set(only) - set(names):
         raise UserError(f"--phases: there is no phase {min(unknown)}; there are {', '.join(names)}")
     manifest = open_manifest(options.data)
-    plan = make_plan(options, len(split(manifest, options.data)[0]), len(manifest.classes))
+    clips = clips_per_epoch(manifest, split(manifest, options.data)[0], options.fine_geometry)
+    plan = make_plan(options, clips, len(manifest.classes))
     file = _config_of(path)
     stages = [
         [Task(Job(command, name, str(file), str(path)), folder.phase(i, name).is_done, cost.pflops,
@@ -143,7 +144,8 @@ def _finetuning(options: FinetuneOptions, path: Path, ckpt: Path, world: int) ->
     _check_batches(options, world)
     options = options.model_copy(update={"run_dir": str(path)})
     manifest, folder, file = open_manifest(options.data), RunFolder(path), _config_of(path)
-    pflops = make_plan(options, len(manifest.clips), len(manifest.classes)).pflops
+    clips = clips_per_epoch(manifest, range(len(manifest.clips)), options.fine_geometry)
+    pflops = make_plan(options, clips, len(manifest.classes)).pflops
 
     def job(command: str, part: str) -> Job:
         return Job(command, part, str(file), str(path), str(ckpt))

@@ -12,7 +12,7 @@ from ssl_c2f.core.progress import Count, table
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries
 from ssl_c2f.data import public
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import DataOptions, open_manifest
+from ssl_c2f.data.dataset import DataOptions, amount, open_manifest
 from ssl_c2f.data.decode import AudioError, read_audio
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
 from ssl_c2f.data.shards import write_shards
@@ -90,29 +90,32 @@ def check(options: DataCommandOptions) -> int:
 
 def stats(options: DataCommandOptions) -> None:
     """Durations, rates, labels and folds; mean and deviation of the log-mel values at each time factor."""
-    found = open_manifest(options.data)
+    with Count("reading headers") as count:
+        found = open_manifest(options.data, count.update)
     _say(found)
+    factors = [(factor, None) for factor in options.time_factors]
+    geometries = make_geometries(options.audio, options.compression, (options.audio.num_mels, 1), factors)
+    print(amount(found, range(len(found.clips)), geometries[0]))
     if found.classes:
         counts = Counter(label for clip in found.clips for label in clip.labels)
         table("labels", ("label", "clips"), counts.most_common())
-    corpus = Corpus.whole(found, options.data)
+    corpus = Corpus.whole(found, options.data.model_copy(update={"cache_gb": 0.0}))  # only what is measured is read
     statistics = InputStatistics(corpus)
-    factors = [(factor, None) for factor in options.time_factors]
     rows = []
-    for geometry in make_geometries(options.audio, options.compression, (options.audio.num_mels, 1), factors):
+    for geometry in geometries:
         measured = statistics.of(geometry)
-        corpus.forget()
         hop = f"{geometry.hop_ms * geometry.pool:g} ms"
         rows.append((geometry.time_factor, hop, f"{measured.mean:.4f}", f"{measured.std:.4f}"))
     table(f"log-mel values ({options.compression})", ("C", "hop", "mean", "deviation"), rows)
 
 
 def _say(found: Manifest) -> None:
-    seconds = sorted(clip.num_samples / clip.sample_rate for clip in found.clips)
-    rates = Counter(clip.sample_rate for clip in found.clips)
+    files = {clip.path: clip for clip in found.clips}.values()
+    seconds = sorted(clip.num_samples / clip.sample_rate for clip in files)
+    rates = Counter(clip.sample_rate for clip in files)
     folds = sorted({clip.fold for clip in found.clips if clip.fold is not None})
     print(
-        f"{len(found.clips)} recordings, {sum(seconds) / 3600:.2f} h in all, {seconds[0]:.2f} to {seconds[-1]:.2f} s, "
+        f"{len(files)} recordings, {sum(seconds) / 3600:.2f} h in all, {seconds[0]:.2f} to {seconds[-1]:.2f} s, "
         f"median {seconds[len(seconds) // 2]:.2f} s; "
         f"{', '.join(f'{n} at {rate} Hz' for rate, n in rates.most_common())}; "
         f"{len(found.classes)} labels; folds {folds or 'none'}; {len(found.bad)} unreadable"

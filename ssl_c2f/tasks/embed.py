@@ -46,10 +46,11 @@ def embed(ckpt: Path, options: EmbedOptions) -> Path:
     rows = inference.run(lambda batch: inference.objective.embed(batch, options.readout), "embedding windows")
     values, index = (rows.values, rows.clip) if options.windows else rows.by_clip()
     clips = [recordings.clips[i] for i in index.tolist()]
+    starts = rows.start.numpy() if options.windows else np.array([clip.start for clip in clips])
     write_features(
         file, values.numpy().astype(np.float32), [clip.path for clip in clips],
         [";".join(clip.labels) for clip in clips],
-        rows.start.numpy() if options.windows else None,
+        starts if options.windows or recordings.has_stretches else None,
         {"checkpoint": weights.origin, "readout": options.readout, "resolution": options.resolution},
     )
     print(f"{len(values)} x {values.shape[1]} features of {len(set(index.tolist()))} recordings: {file}")

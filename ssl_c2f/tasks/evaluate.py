@@ -130,12 +130,15 @@ def write_scores(
     classes = recordings.classes
     result: dict[str, Any] = finite(summarise(scores, recordings.labels(clips), classes) | dict(extra))
     write_json(folder / "scores.json", result)
+    where = ["start_seconds", "end_seconds"] if recordings.has_stretches else []
     rows = [
-        (clip.path, ";".join(name for name in classes if name in clip.labels),
+        (clip.path, *([f"{clip.start:g}", f"{clip.start + clip.seconds:g}"] if where else []),
+         ";".join(name for name in classes if name in clip.labels),
          ";".join(predicted(row, classes, "accuracy" not in result)), *(f"{value:.6f}" for value in row))
         for clip, row in zip((recordings.clips[i] for i in clips.tolist()), scores.tolist(), strict=True)
     ]
-    write_csv(folder / "predictions.csv", ["path", "label", "predicted", *(f"score_{name}" for name in classes)], rows)
+    columns = ["path", *where, "label", "predicted", *(f"score_{name}" for name in classes)]
+    write_csv(folder / "predictions.csv", columns, rows)
     return result
 
 

@@ -17,7 +17,7 @@ from ssl_c2f.core.signals import Stop
 from ssl_c2f.curriculum.cost import step_flops
 from ssl_c2f.curriculum.phases import Phase
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import open_manifest, split
+from ssl_c2f.data.dataset import amount, clips_per_epoch, open_manifest, split
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.sampler import micro_batches
@@ -41,7 +41,9 @@ def print_plan(options: RunOptions, *, clips: int | None = None, measure: bool =
     num_classes = 10
     if options.data.root or options.data.manifest:
         manifest = open_manifest(options.data)
-        clips, num_classes = len(split(manifest, options.data)[0]), len(manifest.classes)
+        training, num_classes = split(manifest, options.data)[0], len(manifest.classes)
+        clips = clips_per_epoch(manifest, training, options.fine_geometry)
+        print(amount(manifest, training, options.fine_geometry))
     elif clips is None:
         clips = ASSUMED_CLIPS
         print(f"no data.root: an epoch of {clips:,} clips is assumed (--clips N)")

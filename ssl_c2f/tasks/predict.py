@@ -15,7 +15,7 @@ from ssl_c2f.core.files import write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
 from ssl_c2f.data.dataset import DataOptions
-from ssl_c2f.data.manifest import Clip, Manifest, audio_in, checked
+from ssl_c2f.data.manifest import Clip, Manifest, audio_in, checked, listed_in
 from ssl_c2f.tasks.evaluate import predicted
 from ssl_c2f.tasks.inference import Inference, InferenceOptions, open_inference, open_weights
 
@@ -62,19 +62,31 @@ def predict(ckpt: Path, files: Sequence[Path], options: PredictOptions) -> list[
 
 
 def listed(files: Sequence[Path]) -> Manifest:
-    """The files, and the audio in the folders, each once and in this order.
+    """The files, the audio in the folders and what manifests (.csv, .jsonl) list, each once and in this order.
 
     Raises:
         UserError: a folder without audio, nothing at all, or nothing that can be read.
     """
-    found = dict.fromkeys(
-        path.as_posix() for file in files for path in ([file / i for i in audio_in(file)] if file.is_dir() else [file])
-    )
+    found = list(dict.fromkeys(clip for file in files for clip in _in(file)))
     if not found:
         raise UserError("nothing to predict: name recordings or folders")
-    manifest = checked(Path(), list(map(Clip, found)))
-    order = {path: i for i, path in enumerate(found)}
-    return replace(manifest, clips=tuple(sorted(manifest.clips, key=lambda clip: order[clip.path])))
+    manifest = checked(Path(), found)
+    order = {(clip.path, clip.start, clip.end): i for i, clip in enumerate(found)}
+    return replace(
+        manifest, clips=tuple(sorted(manifest.clips, key=lambda clip: order[clip.path, clip.start, clip.end]))
+    )
+
+
+def _in(file: Path) -> list[Clip]:
+    """The recordings that one argument names, with paths as it says them."""
+    if file.is_dir():
+        return [Clip((file / path).as_posix()) for path in audio_in(file)]
+    if file.suffix in (".csv", ".jsonl"):
+        return [
+            replace(clip, path=(file.parent / clip.path).as_posix(), shard=clip.shard and str(file.parent / clip.shard))
+            for clip in listed_in(file)
+        ]
+    return [Clip(file.as_posix())]
 
 
 def _predictions(inference: Inference, timeline: bool) -> list[Prediction]:
@@ -83,12 +95,12 @@ def _predictions(inference: Inference, timeline: bool) -> list[Prediction]:
     window, classes = geometry.clip_samples / geometry.sample_rate, inference.weights.classes
     several = classifier.options.labels == "multi"
     values, index = (rows.values, rows.clip) if timeline else rows.by_clip()
-    starts = rows.start.tolist() if timeline else [0.0] * len(index)
+    starts = rows.start.tolist() if timeline else [inference.recordings.clips[i].start for i in index.tolist()]
     predictions = []
     for scores, i, start in zip(values.tolist(), index.tolist(), starts, strict=True):
         clip = inference.recordings.clips[i]
-        length = clip.num_samples / clip.sample_rate
-        end = min(start + window, length) if timeline else length
+        last = clip.start + clip.seconds
+        end = min(start + window, last) if timeline else last
         best = predicted(scores, classes, several)
         predictions.append(Prediction(clip.path, start, end, best, dict(zip(classes, scores, strict=True))))
     return predictions

@@ -17,6 +17,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
+from ssl_c2f.data.dataset import amount
 from ssl_c2f.data.manifest import fingerprint
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives.supervised import SupervisedOptions
@@ -56,12 +57,15 @@ def open_run(
         statistics = InputStatistics(opened, initial.statistics if initial else {}, folder)
     corpus = statistics.corpus
     _check_labels(options, corpus)
-    curriculum = options.curriculum(len(corpus.training), corpus.num_classes)
+    clips = corpus.clips_per_epoch(options.fine_geometry)
+    curriculum = options.curriculum(clips, corpus.num_classes)
     if dist.is_main:
+        held_out = f"; {len(corpus.held_out):,} held out" if corpus.held_out else ""
+        print(amount(corpus.manifest, corpus.training, options.fine_geometry) + held_out, flush=True)
         RunFolder.create(path, text)
-        _check_recordings(folder, corpus)
+        _check_recordings(folder, corpus, clips)
         write_text(folder.config, text)  # including the options that changed
-        plan = make_plan(options, len(corpus.training), corpus.num_classes)
+        plan = make_plan(options, clips, corpus.num_classes)
         write_json(folder.plan, plan.to_dict())
         for geometry in {*(phase.geometry for phase in curriculum.phases), options.fine_geometry}:
             statistics.of(geometry)
@@ -76,7 +80,8 @@ def check_options(options: RunOptions, folder: RunFolder) -> None:
         UserError: others differ from those that the run was begun with.
     """
     added = (f"phases.{i}.*" for i in range(folder.num_phases(), len(options.phases)))
-    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added))
+    defaults = RunOptions(phases=options.phases).model_dump(mode="json")  # of options that came after the run was begun
+    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added), defaults)
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
@@ -91,15 +96,17 @@ def _check_labels(options: RunOptions, corpus: Corpus) -> None:
         raise UserError(f"{several[0]} has several labels: set objective.labels=multi")
 
 
-def _check_recordings(folder: RunFolder, corpus: Corpus) -> None:
+def _check_recordings(folder: RunFolder, corpus: Corpus, clips_per_epoch: int) -> None:
     """Raises UserError: the recordings are not those the run began with, so the order of clips would differ."""
     facts = {
         "fingerprint": fingerprint(corpus.manifest), "clips": len(corpus.manifest.clips),
         "training": len(corpus.training), "held_out": len(corpus.held_out), "classes": list(corpus.manifest.classes),
+        "clips_per_epoch": clips_per_epoch,
     }
     if not folder.recordings.exists():
         write_json(folder.recordings, facts)
-    elif (before := read_json(folder.recordings)) != facts:
+    # version 0.1 took one clip of each recording in an epoch
+    elif {"clips_per_epoch": (before := read_json(folder.recordings)).get("training")} | before != facts:
         raise UserError(
             f"the recordings changed since {folder.path} was begun ({before.get('clips')} clips then, {facts['clips']} "
             "now): use another run_dir"

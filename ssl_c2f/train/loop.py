@@ -214,7 +214,7 @@ def _share_bad_files(run: Run) -> None:
 
 def _validation_due(run: Run, phase: Phase, step: int) -> bool:
     """Whether a phase ends with `step`, or a multiple of `evaluation.every` epochs lies within it."""
-    interval = run.options.evaluation.every * len(run.corpus.training)
+    interval = run.options.evaluation.every * run.curriculum.clips_per_epoch
     if not interval or step == phase.last_step:
         return bool(interval)
     return run.curriculum.samples(step) // interval > run.curriculum.samples(step - 1) // interval

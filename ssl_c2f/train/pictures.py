@@ -144,11 +144,12 @@ def save_pictures(
 def _save_sound(file: Path, corpus: Corpus, geometry: Geometry, clip: int) -> str | None:
     """The window that the pictures show, to listen to; None if it cannot be read or encoded."""
     ((_, start),) = corpus.windows(geometry, [clip], per_clip=1).windows
-    scale = _LISTEN_RATE / geometry.sample_rate
+    row, begin = corpus.manifest.clips[clip], start / geometry.sample_rate
+    seconds = min(geometry.clip_samples / geometry.sample_rate, row.seconds - begin)
     stream = io.BytesIO()
     try:
-        place = corpus.source(geometry).place(clip)
-        sound = read_audio(place, _LISTEN_RATE, round(start * scale), round(geometry.clip_samples * scale))
+        first, count = round((row.start + begin) * _LISTEN_RATE), round(seconds * _LISTEN_RATE)
+        sound = read_audio(row.place(corpus.manifest.root), _LISTEN_RATE, first, count)
         soundfile.write(stream, sound.numpy(), _LISTEN_RATE, format="MP3", subtype="MPEG_LAYER_III")
     except (AudioError, UserError, soundfile.LibsndfileError, RuntimeError):
         return None  # the picture is shown without its sound

@@ -136,7 +136,7 @@ class RunOptions(Recipe):
                 costs=self.costs(phase, geometry, num_classes), num_clips=num_clips, lr=self.optim.lr or 5e-4,
                 min_lr_ratio=self.optim.min_lr_ratio,
             ))
-        return Curriculum(tuple(phases))
+        return Curriculum(tuple(phases), num_clips)
 
     def _masking(self, phase: PhaseOptions) -> Masking | None:
         shape = phase.mask_shape or self.mask.shape or self.objective.mask_shape

@@ -9,7 +9,7 @@ import torch
 
 from ssl_c2f.core import draws
 from ssl_c2f.core.options import UserError
-from ssl_c2f.curriculum.phases import Curriculum, Phase
+from ssl_c2f.curriculum.phases import Phase
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.sampler import micro_batches
 from ssl_c2f.train.loop import train_step
@@ -20,7 +20,7 @@ def dry_run(run: Run, phase: Phase, batch_size: int, steps: int) -> tuple[Run, P
     """The run as if it had this one phase, of so many steps, and batches of another size."""
     options = phase.options.model_copy(update={"batch_size": batch_size})
     short = replace(phase, options=options, first_step=0, first_sample=0, steps=steps)
-    return replace(run, curriculum=Curriculum((short,))), short
+    return replace(run, curriculum=replace(run.curriculum, phases=(short,))), short
 
 
 def rehearse(run: Run, phases: Collection[Phase]) -> None:

@@ -47,7 +47,7 @@ def _masked_loss(
     o, total, count = options.evaluation, dict[str, float](), 0
     masking = Masking("uniform", o.mask_ratio, options.mask.size, options.objective.num_masks)
     for draw in range(o.mask_draws):
-        for batch in runner.batches(clips, per_clip=1, masking=masking, draw=draw):
+        for batch in runner.batches(clips, per_clip=max(o.max_clips // len(clips), 1), masking=masking, draw=draw):
             found = objective(batch)
             for name, value in {"loss": found.loss, **found.metrics}.items():
                 total[name] = total.get(name, 0.0) + float(value) * len(batch.spec)

@@ -33,6 +33,7 @@ from ssl_c2f.data.dataset import (
     in_batches,
     make_loader,
     open_manifest,
+    segments_of,
     split,
 )
 from ssl_c2f.data.decode import AudioError
@@ -140,7 +141,8 @@ def test_random_crops_lie_within_the_recording(seconds: float, compression: Comp
     g = geometry(compression, factor)
     source = listed(g, round(seconds * RATE))
     spare = source.length(0) - g.clip_samples
-    starts = {source.random_start(0, torch.tensor(key)) for key in range(40)}
+    segments = segments_of(source.first_segments, [0]).tolist()
+    starts = {source.random_start(s, torch.tensor(key))[1] for key in range(40) for s in segments}
     assert all(0 <= start <= max(spare, 0) and start % g.crop_step == 0 for start in starts)
     assert starts == {0} if spare < g.crop_step else True
     if spare > 20 * g.crop_step:
@@ -213,10 +215,12 @@ def test_a_sample_is_a_function_of_its_position(manifest: Manifest, augment: Aug
     first = [data[i] for i in range(12)]
     again = TrainingClips(source, clips, 1, augment)
     assert all(same(first[i], again[i]) for i in reversed(range(12)))
-    assert sorted(item.clip for item in first[:5]) == clips == sorted(item.clip for item in first[5:10])
+    first = [data[i] for i in range(26)]
+    once = [0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 3, 3, 4]  # as many crops in an epoch as a recording holds
+    assert sorted(item.clip for item in first[:13]) == once == sorted(item.clip for item in first[13:])
     assert all(torch.equal(item.labels, manifest.labels([item.clip])[0]) for item in first)
-    crops = {int(item.key): item.crop.audio for item in (data[i] for i in range(20)) if item.clip == 1}
-    assert len({tuple(crop[:9].tolist()) for crop in crops.values()}) == len(crops) == 4  # one of each epoch
+    crops = {int(item.key): item.crop.audio for item in first if item.clip == 1}
+    assert len({tuple(crop[:9].tolist()) for crop in crops.values()}) == len(crops) == 12
     other = TrainingClips(source, clips, 2, augment)
     assert not any(same(first[i], other[i]) for i in range(12))
 
@@ -233,10 +237,10 @@ def test_labels_are_those_of_the_clip(manifest: Manifest) -> None:
 def test_unreadable_files_are_replaced_the_same_way_each_time_and_reported(manifest: Manifest) -> None:
     source, clips = Source(manifest, geometry()), [0, 3, 6]
     data = TrainingClips(source, clips, 0, PLAIN)
-    items = [data[i] for i in range(30)]
+    items = [data[i] for i in range(35)]
     assert all(same(item, data[i]) for i, item in enumerate(items))
     replaced = [item for item in items if item.bad]
-    assert len(replaced) == 10  # once in an epoch
+    assert len(replaced) == 10  # twice in an epoch of 1 + 4 + 2 segments
     assert all(set(item.bad) == {("z/bad.wav", "NaN or infinite samples")} for item in replaced)
     assert {item.clip for item in replaced} == {0, 3}  # not always the same one
     assert all(item.crop.audio.isfinite().all() and item.labels[3] == 0 for item in items)
@@ -348,7 +352,7 @@ def test_statistics_are_those_of_real_values(
     g = geometry(compression)
     found = corpus(root, cache_gb=cache_gb)
     plain, values = FrontEnd(g, Statistics(0.0, 1.0)), []
-    windows = Windows(Source(found.manifest, g), range(len(SECONDS)), 0, per_clip=1)
+    windows = Windows(Source(found.manifest, g), range(len(SECONDS)), 0)
     for item in (windows[i] for i in range(len(windows))):
         assert isinstance(item, Item)
         audio = item.crop.audio[: item.crop.num_samples]  # without its padding

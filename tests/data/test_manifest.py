@@ -150,7 +150,7 @@ def test_lists_written_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.csv", "path,lable\nx.wav,dog\n", "unknown column 'lable' (known: path, label, labels, fold, "),
+        ("a.csv", "path,lable\nx.wav,dog\n", "unknown column 'lable' (known: path, start, end, label, labels, fold, "),
         ("a.csv", "path,label\nx.wav,dog,5\n", "unknown column '(too many cells)'"),
         ("a.csv", "path,fold\nx.wav,1\ny.wav,one\n", "line 3: fold 'one' is not a whole number"),
         ("a.csv", "label\ndog\n", "line 2: no path"),
