@@ -20,7 +20,7 @@ from ssl_c2f.data.dataset import (
     split,
 )
 from ssl_c2f.data.front_end import FrontEnd, Statistics
-from ssl_c2f.data.manifest import Manifest
+from ssl_c2f.data.manifest import Manifest, look_like_labels
 
 
 @dataclass
@@ -64,13 +64,19 @@ class Corpus:
     _sources: dict[str, Source] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, options: DataOptions, seed: int, bad_files: Path | None = None) -> Corpus:
+    def open(
+        cls, options: DataOptions, seed: int, bad_files: Path | None = None, *, labels_needed: bool = True
+    ) -> Corpus:
         """The recordings that the options name; unreadable ones are kept in the file `bad_files`.
+
+        Where no labels are needed, folder names that do not look like labels are not taken as such.
 
         Raises:
             UserError: no audio, or an option that does not fit it.
         """
         manifest = open_manifest(options)
+        if not labels_needed and not options.manifest and options.labels == "auto" and manifest.classes:
+            manifest = _without_odd_labels(manifest)
         bad = BadFiles(bad_files, options.max_bad_files)
         bad.add(manifest.bad)
         return cls(manifest, *split(manifest, options), options, seed, bad)
@@ -116,3 +122,13 @@ class Corpus:
 
     def windows(self, geometry: Geometry, clips: Sequence[int], per_clip: int | None = None) -> Windows:
         return Windows(self.source(geometry), clips, self.seed, per_clip)
+
+
+def _without_odd_labels(manifest: Manifest) -> Manifest:
+    count = len(manifest.classes)
+    if look_like_labels(manifest):
+        note = f"{count} folder names are taken as labels for the kNN score (data.labels=none: they are not)"
+        return replace(manifest, notes=(*manifest.notes, note))
+    clips = tuple(replace(clip, labels=()) for clip in manifest.clips)
+    note = f"{count} folder names do not look like labels and are not taken as such (data.labels=path: they are)"
+    return replace(manifest, clips=clips, classes=(), notes=(*manifest.notes, note))

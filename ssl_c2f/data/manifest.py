@@ -9,14 +9,14 @@ import csv
 import hashlib
 import io
 import json
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +24,13 @@ from torch import Tensor
 from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.decode import AudioError, Header, Member, read_header
+from ssl_c2f.data.tables import TEST, TRAIN, VALIDATION, Table, read_table
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
-_COLUMNS = ("path", "start", "end", "label", "labels", "fold", "group", "num_samples", "sample_rate", "channels",
-            "shard", "offset", "size")
-_NUMBERS = ("num_samples", "sample_rate", "channels", "offset", "size")
+_SPLIT_NAMES = {TRAIN: "train", VALIDATION: "val", TEST: "test"}
 _ESC_FOLD = r"^(\d)-\d+-[A-Z]"  # the file names of ESC-10 and ESC-50: 1-100032-A-0.wav is in fold 1
 
+FolderLabels = Literal["path", "folder", "top", "none"]
 Progress = Callable[[int, int], object]  # called with (files read, files in all)
 
 
@@ -75,6 +75,13 @@ class Manifest:
     clips: tuple[Clip, ...]
     classes: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()
+    is_split: bool = False  # folds 1, 2 and 3 are training, validation and test
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether any clip has several labels: then one without labels is a negative of all."""
+        return any(len(clip.labels) > 1 for clip in self.clips)
 
     def labels(self, clips: Sequence[int] | Tensor) -> Tensor:
         """(n, C) of 0 and 1 for the clips of n indices."""
@@ -123,19 +130,35 @@ def classes_of(clips: Iterable[Clip]) -> tuple[str, ...]:
     return tuple(sorted({label for clip in clips for label in clip.labels}))
 
 
-def scan(root: Path, *, fold_pattern: str | None = None, progress: Progress | None = None) -> Manifest:
-    """Every audio file under `root` that is not hidden. Its label is its folder's path below `root` (in `root`: none).
+def scan(
+    root: Path, *, fold_pattern: str | None = None, labels: FolderLabels = "path", progress: Progress | None = None
+) -> Manifest:
+    """Every audio file under `root` that is not hidden.
 
-    The fold is what the one group of `fold_pattern` matches in the file name; without a pattern, ESC's naming is
-    recognised where every file follows it.
+    Args:
+        labels: of its folder, what the label is: its path below `root`, its own name alone (`folder`), the name of the
+            topmost (`top`), nothing. A file in `root` itself has none.
+        fold_pattern: its one group matches the fold in the file name; without, ESC's naming is recognised where every
+            file follows it.
 
     Raises:
         UserError: no such folder, no usable audio in it, or a pattern that finds no fold.
     """
     files = audio_in(root)
     folds = _folds([file.name for file in files], fold_pattern)
-    labels = [() if file.parent == Path() else (file.parent.as_posix(),) for file in files]
-    return checked(root, list(map(Clip, map(Path.as_posix, files), labels, folds)), progress)
+    parts = [file.parent.parts for file in files]
+    chosen = {"path": slice(None), "folder": slice(-1, None), "top": slice(1), "none": slice(0)}[labels]
+    names = [(Path(*part[chosen]).as_posix(),) if part[chosen] else () for part in parts]
+    return checked(root, list(map(Clip, map(Path.as_posix, files), names, folds)), progress)
+
+
+def look_like_labels(manifest: Manifest) -> bool:
+    """Whether folder names tell what is heard: several folders, few for the recordings that they hold, and not dates or
+    numbers, which tell when or where it was recorded."""
+    counts = Counter(label for clip in manifest.clips for label in clip.labels)
+    numbered = sum(bool(re.search(r"\d{4}|^\W*\d[\W\d]*$", Path(label).name)) for label in counts)
+    few = len(counts) * 3 <= sum(counts.values())
+    return len(counts) > 1 and few and min(counts.values()) > 1 and 2 * numbered < len(counts)
 
 
 def audio_in(root: Path) -> list[Path]:
@@ -153,39 +176,39 @@ def audio_in(root: Path) -> list[Path]:
     return files
 
 
-def read_manifest(file: Path, root: Path | None = None, *, progress: Progress | None = None) -> Manifest:
-    """The clips that a CSV or JSONL file lists, with paths relative to `root` (default: the file's own folder).
+def read_manifest(
+    file: Path, root: Path | None = None, *, columns: Mapping[str, str] | None = None, separator: str | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """The clips that a CSV, TSV or JSONL file lists, with paths relative to `root` (default: the file's own folder).
 
-    Columns: path; start and end, seconds into the recording, which may have several rows, overlapping or not; label or
-    labels (several: separated by ';', or a list in JSONL); fold; group; and, to spare reading every header, all of
-    num_samples, sample_rate and channels. Clips in shards have shard, offset and size. All but path are optional.
-    Missing audio is `bad`, and so is a stretch that begins behind the end of its recording.
+    Columns, by these or other usual names (`tables.NAMES`): path; labels (several: separated by ';', or a list in
+    JSONL); fold, or split (train, val, test); start and end, seconds into the recording, which may have several rows,
+    overlapping or not; group; and, to spare reading every header, all of num_samples, sample_rate and channels. Clips
+    in shards have shard, offset and size. All but path are optional. Missing audio is `bad`, and so is a stretch that
+    begins behind the end of its recording.
 
     Raises:
         UserError: no such file, not in this form (says where), or no usable audio.
     """
-    return checked(root or file.parent, listed_in(file), progress)
+    clips, table = listed_in(file, root, columns, separator)
+    found = replace(checked(root or file.parent, clips, progress), is_split=table.is_split)
+    notes = [f"{file}: columns that are not used: {', '.join(table.ignored)[:300]}"] if table.ignored else []
+    if found.is_split:
+        counts = Counter(clip.fold for clip in found.clips)
+        parts = [f"{counts[fold]} {name}" for fold, name in _SPLIT_NAMES.items() if counts[fold]]
+        notes.append(f"{file}: split {', '.join(parts)}; test clips are never trained on or validated with")
+    return replace(found, notes=tuple(notes))
 
 
-def listed_in(file: Path) -> list[Clip]:
-    """What a manifest lists, whether it is there or not. Raises UserError as `read_manifest`."""
-    rows = _read_rows(file)
-    unknown = {column for _, row in rows for column in row} - set(_COLUMNS)
-    if unknown:
-        raise UserError(f"{file}: unknown column {min(unknown)!r} (known: {', '.join(_COLUMNS)})")
-    clips: dict[tuple[str, float, float | None], Clip] = {}
-    for line, row in rows:
-        try:
-            clip = _clip(row)
-        except ValueError as error:
-            raise UserError(f"{file}, line {line}: {error}") from None
-        key = (clip.path, clip.start, clip.end)
-        if key in clips:
-            raise UserError(f"{file}, line {line}: {clip.path} is listed twice" + _times(clip))
-        clips[key] = clip
-    if not clips:
-        raise UserError(f"{file}: lists no clips")
-    return list(clips.values())
+def listed_in(
+    file: Path, root: Path | None = None, columns: Mapping[str, str] | None = None, separator: str | None = None
+) -> tuple[list[Clip], Table]:
+    """The clips that a table lists, whether they are there or not, and the table. Raises UserError as `read_table`."""
+    table = read_table(file, columns, separator)
+    base = (root or file.parent).resolve().as_posix().rstrip("/") + "/"
+    rows = ({**vars(row), "path": row.path.removeprefix(base)} for row in table.rows)  # absolute ones below the root
+    return [Clip(**row) for row in rows], table
 
 
 def write_manifest(manifest: Manifest, file: Path) -> None:
@@ -194,15 +217,21 @@ def write_manifest(manifest: Manifest, file: Path) -> None:
     Raises:
         UserError: another ending, or a label that CSV cannot hold.
     """
-    if _is_jsonl(file):
-        write_text(file, "".join(json.dumps(asdict(clip)) + "\n" for clip in manifest.clips))
+    rows = [asdict(clip) for clip in manifest.clips]
+    if manifest.is_split:
+        rows = [{**row, "split": _SPLIT_NAMES.get(row["fold"])} for row in rows]
+        rows = [{name: value for name, value in row.items() if name != "fold"} for row in rows]
+    if file.suffix == ".jsonl":
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         return
+    if file.suffix != ".csv":
+        raise UserError(f"{file}: a manifest ends in .csv or .jsonl")
     if odd := [name for name in manifest.classes if ";" in name or name != name.strip()]:
         raise UserError(f"{file}: label {odd[0]!r} does not fit into CSV; write .jsonl")
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, [column for column in _COLUMNS if column != "label"], lineterminator="\n")
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(clip) | {"labels": ";".join(clip.labels)} for clip in manifest.clips)
+    writer.writerows({**row, "labels": ";".join(row["labels"])} for row in rows)
     write_text(file, table.getvalue())
 
 
@@ -281,73 +310,3 @@ def _is_jsonl(file: Path) -> bool:
     if file.suffix not in (".csv", ".jsonl"):
         raise UserError(f"{file}: a manifest ends in .csv or .jsonl")
     return file.suffix == ".jsonl"
-
-
-def _read_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a table, each with the number of the line it ends on."""
-    read = _json_rows if _is_jsonl(file) else _csv_rows
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:  # -sig: spreadsheets write a byte order mark
-            return list(read(lines))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file}: {error}") from None
-
-
-def _csv_rows(lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines, restkey="(too many cells)", strict=True)
-    return ((reader.line_num, row) for row in reader)
-
-
-def _json_rows(lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise ValueError(f"line {number}: not JSON ({error})") from None
-        if row is not None and not isinstance(row, dict):
-            raise ValueError(f"line {number}: not a JSON object")
-        if row:
-            yield number, row
-
-
-def _clip(row: dict[str, Any]) -> Clip:
-    """A clip from one row of text (CSV) or values (JSON). Raises ValueError."""
-    path = row.get("path")
-    if not isinstance(path, str) or not path:
-        raise ValueError("no path")
-    labels = row.get("labels") or row.get("label") or ()
-    if isinstance(labels, str):
-        labels = [name.strip() for name in labels.split(";") if name.strip()]
-    if not isinstance(labels, list | tuple) or not all(isinstance(name, str) for name in labels):
-        raise ValueError(f"labels {labels!r} are not text")
-    numbers = {name: _whole(name, row.get(name)) for name in _NUMBERS}
-    fold, shard = _whole("fold", row.get("fold")), row.get("shard") or None
-    start, end = _seconds("start", row.get("start")) or 0.0, _seconds("end", row.get("end"))
-    if end is not None and end <= start:
-        raise ValueError(f"end {end:g} is not after start {start:g}")
-    return Clip(
-        path, tuple(labels), fold, shard=shard, start=start, end=end, group=str(row.get("group") or "") or None,
-        **{name: value or 0 for name, value in numbers.items()},
-    )
-
-
-def _seconds(name: str, value: object) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        seconds = float(str(value))
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{name} {value!r} is not a number of seconds")
-    return seconds
-
-
-def _whole(name: str, value: object) -> int | None:
-    if value is None or value == "":
-        return None
-    if not str(value).strip().isdecimal():
-        raise ValueError(f"{name} {value!r} is not a whole number")
-    return int(str(value))

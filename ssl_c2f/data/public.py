@@ -14,8 +14,7 @@ from pathlib import Path
 
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest, Progress, checked
-
-TRAIN, VALIDATION, TEST = 1, 2, 3
+from ssl_c2f.data.tables import TEST, TRAIN, VALIDATION
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,25 @@ from ssl_c2f.curriculum.phases import Curriculum
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num_clips: int) -> torch.Tensor:
+def _order(seed: int, epoch: int, num_clips: int, weights: torch.Tensor | None) -> torch.Tensor:
+    """(n,) which clips an epoch shows, in order: each once or, with weights, in proportion to them.
+
+    Systematic sampling: of no clip is there one more or less than its weight asks for.
+    """
     generator = torch.Generator().manual_seed(draws.seed(seed, epoch, "order"))
-    return torch.randperm(num_clips, generator=generator)
+    order = torch.randperm(num_clips, generator=generator)
+    if weights is None:
+        return order
+    ends = (weights / weights.sum()).cumsum(0)
+    places = (torch.arange(num_clips) + torch.rand(1, generator=generator, dtype=ends.dtype)) / num_clips
+    return torch.searchsorted(ends, places).clamp(max=num_clips - 1)[order]
 
 
-def clip_at(seed: int, position: int, num_clips: int) -> tuple[int, int]:
-    """(epoch, clip) of the `position`-th sample of a run."""
+def clip_at(seed: int, position: int, num_clips: int, weights: torch.Tensor | None = None) -> tuple[int, int]:
+    """(epoch, clip) of the `position`-th sample of a run; `weights` (n,): how often each clip is drawn, in proportion.
+    """
     epoch, offset = divmod(position, num_clips)
-    return epoch, int(_order(seed, epoch, num_clips)[offset])
+    return epoch, int(_order(seed, epoch, num_clips, weights)[offset])
 
 
 def micro_batches(per_device: int, limit: int | None) -> list[int]:

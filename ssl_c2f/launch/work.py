@@ -19,7 +19,7 @@ from ssl_c2f.launch.jobs import FOLDER, Job
 from ssl_c2f.launch.schedule import Stages, Task
 from ssl_c2f.tasks import config
 from ssl_c2f.tasks.evaluate import EvaluateOptions
-from ssl_c2f.tasks.finetune import FinetuneOptions, check_origin, checkpoint_defaults, folds_of
+from ssl_c2f.tasks.finetune import UNSPLIT, FinetuneOptions, check_origin, checkpoint_defaults, folds_of
 from ssl_c2f.train.engine import check_options
 from ssl_c2f.train.plan import make_plan
 from ssl_c2f.train.recipe import RunOptions
@@ -121,7 +121,7 @@ def _pipeline(words: Sequence[str], path: Path, tuning_config: str | None, world
     own = [word for word in words if not word.startswith("finetune.")]
     pretraining = _phases("pretrain", own, path, world)
     (options,) = pretraining.configs.values()
-    defaults = options.model_dump(mode="json", include={"audio", "model", "compression"})
+    defaults = options.model_dump(mode="json", include={"audio", "model", "compression"}) | UNSPLIT
     shared = [word for word in own if word.startswith(("data.", "seed=")) and not word.startswith("data.val_")]
     tuned = [word.removeprefix("finetune.") for word in words if word.startswith("finetune.")]
     tuning, _ = config.read(FinetuneOptions, [*([tuning_config] if tuning_config else []), *shared, *tuned], defaults)

@@ -28,6 +28,9 @@ class SupervisedOptions(ObjectiveOptions):
     head: HeadKind = Field("mean_pool", description="ast: mean of the class tokens; linear: a probe, encoder frozen")
     labels: Literal["single", "multi"] = "single"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="of the loss; balanced: every class weighs the same, however many clips it has"
+    )
 
     @property
     def num_masks(self) -> int:
@@ -45,12 +48,23 @@ class SupervisedOptions(ObjectiveOptions):
 class Supervised(Objective):
     """Encoder of all tokens and a linear head."""
 
+    class_weights: Tensor
+
     def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
         super().__init__(model, geometry)
         self.options = options
         self.head = Head(options.head, self.encoder.width, num_classes, self.encoder.num_prefix)
         self.frozen = options.head == "linear"
+        self.register_buffer("class_weights", torch.ones(num_classes), persistent=False)
         self.encoder.requires_grad_(not self.frozen)
+
+    def count(self, labels: Tensor) -> None:
+        """Learn from the (n, C) labels of the training clips what each class weighs in the loss: 1 on average over the
+        clips, and in proportion to one over its number of clips."""
+        if self.options.class_weights == "balanced":
+            counts = labels.sum(0)
+            weights = torch.where(counts > 0, counts.sum() / counts.clamp(min=1) / (counts > 0).sum().clamp(min=1), 1.0)
+            self.class_weights.copy_(weights)
 
     def train(self, mode: bool = True) -> Supervised:
         super().train(mode)
@@ -68,11 +82,14 @@ class Supervised(Objective):
         logits, labels = self.logits(batch), batch.labels
         smoothing = self.options.label_smoothing
         if self.options.labels == "single":
-            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            loss = F.cross_entropy(logits, labels, self._weights(), label_smoothing=smoothing)
             right = (logits.argmax(1) == labels.argmax(1)).float().mean()
             return StepResult(loss, {"accuracy": right.detach()})
         targets = labels * (1 - smoothing) + 0.5 * smoothing
-        return StepResult(F.binary_cross_entropy_with_logits(logits, targets))
+        return StepResult(F.binary_cross_entropy_with_logits(logits, targets, self._weights()))
+
+    def _weights(self) -> Tensor | None:
+        return self.class_weights if self.options.class_weights == "balanced" else None
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:

@@ -110,6 +110,7 @@ def stats(options: DataCommandOptions) -> None:
 
 
 def _say(found: Manifest) -> None:
+    print("".join(f"{note}\n" for note in found.notes), end="")
     files = {clip.path: clip for clip in found.clips}.values()
     seconds = sorted(clip.num_samples / clip.sample_rate for clip in files)
     rates = Counter(clip.sample_rate for clip in files)

@@ -25,8 +25,9 @@ from torch import Tensor
 from ssl_c2f.core.files import read_json, write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.data.dataset import DataOptions, open_manifest, split
+from ssl_c2f.data.dataset import DataOptions, hold_out, open_manifest, split
 from ssl_c2f.data.manifest import Manifest, fingerprint
+from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights, results_of
 from ssl_c2f.train import metrics, publish
 from ssl_c2f.train.weights import Weights
@@ -48,7 +49,8 @@ def evaluate(ckpt: Path, options: EvaluateOptions) -> dict[str, Any]:
     """
     weights, everything = open_weights(ckpt, options.weights, classifier=True), open_manifest(options.data)
     chosen = everything.in_folds(options.folds, "folds")
-    labelled = [i for i in chosen if everything.clips[i].labels]
+    multi = isinstance(weights.recipe.objective, SupervisedOptions) and weights.recipe.objective.labels == "multi"
+    labelled = [i for i in chosen if multi or everything.clips[i].labels]  # without labels: a negative of all classes
     if unlabelled := len(chosen) - len(labelled):
         print(f"without a label, and so left out: {unlabelled} of {len(chosen)} recordings")
     recordings = replace(everything.only(labelled), classes=weights.classes)
@@ -83,7 +85,11 @@ def seen_in_training(weights: Weights, manifest: Manifest, clips: Sequence[int])
         return 0
     if facts.get("fingerprint") != fingerprint(manifest):
         return 0
-    return len(set(split(manifest, data)[0]) & set(clips))
+    if "from_scratch" in config and not data.val_folds and not manifest.is_split:  # fine-tuned without folds
+        training = {*range(len(manifest.clips))} - {*hold_out(manifest, data.val_fraction, config["seed"])}
+    else:
+        training = {*split(manifest, data)[0]}
+    return len(training & set(clips))
 
 
 def _check_labels(recordings: Manifest) -> None:

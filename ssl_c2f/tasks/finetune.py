@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +17,12 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import split
+from ssl_c2f.data.dataset import hold_out, split
 from ssl_c2f.data.front_end import FrontEnd
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
+from ssl_c2f.data.tables import TEST
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
 from ssl_c2f.tasks.evaluate import print_scores, write_scores
 from ssl_c2f.tasks.inference import open_weights
@@ -49,8 +50,11 @@ class FinetuneOptions(RunOptions):
 
 
 def checkpoint_defaults(weights: Weights) -> Mapping[str, Any]:
-    """What a fine-tuning run takes over from its checkpoint."""
-    return weights.recipe.model_dump(mode="json", include={"audio", "model", "compression"})
+    """What a fine-tuning run takes over from its checkpoint, and that it is to be scored where there are no folds."""
+    return weights.recipe.model_dump(mode="json", include={"audio", "model", "compression"}) | UNSPLIT
+
+
+UNSPLIT = {"data": {"val_fraction": 0.2}}
 
 
 def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, report: bool = True) -> Path:
@@ -69,21 +73,23 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     check_origin(folder, weights.origin)
     is_main = distributed.init(options.train.device).is_main
     everything = Corpus.open(options.data, options.seed, RunFolder(folder).bad_files if is_main else None)
+    if is_main:
+        print("".join(f"{note}\n" for note in everything.manifest.notes), end="")
     scored: dict[int | None, tuple[Tensor, Tensor]] = {}
     for fold in folds_of(options, everything.manifest):
         path = folder if fold is None else RunFolder(folder).fold(fold).path
-        data = options.data.model_copy(update={"val_folds": () if fold is None else (fold,)})
-        part = options.model_copy(update={"data": data})
-        training, held_out = split(everything.manifest, data)
+        own = {} if fold is None else {"val_folds": (fold,), "val_fraction": 0.0}
+        part = options.model_copy(update={"data": options.data.model_copy(update=own)})
+        training, held_out, test = parts_of(everything.manifest, part)
         corpus = replace(everything, training=training, held_out=held_out)
+        if is_main:
+            _say_parts(everything.manifest, fold, training, test)
         statistics = InputStatistics(corpus, weights.statistics, RunFolder(path), factor)
         initial = None if options.from_scratch else weights
         group = publish.group_of(weights.origin)
         engine.run(part, path, initial=initial, statistics=statistics, stop=stop, kind="finetune", group=group)
-        if held_out and report:
-            scored[fold] = _score(part, path, corpus)
-    if report and not scored:
-        print("no score: no recording was held out (they have no folds); data.val_fraction=0.2 holds a share out")
+        if test and report:
+            scored[fold] = _score(part, path, corpus, test)
     if scored:
         _report(folder, everything.manifest, scored, weights, options)
     return folder
@@ -116,21 +122,49 @@ def folds_of(options: FinetuneOptions, manifest: Manifest) -> list[int | None]:
     Raises:
         UserError: a fold that no clip has.
     """
-    there = sorted({clip.fold for clip in manifest.clips if clip.fold is not None})
+    there = manifest.folds
     if options.folds == "auto":
-        return [*there] if len(there) > 1 else [None]
+        return [*there] if len(there) > 1 and not manifest.is_split else [None]
     if missing := set(options.folds) - set(there):
         raise UserError(f"folds: no clip of {manifest.root} is in fold {min(missing)}; there are {there}")
     return [*options.folds]
 
 
-def _score(options: FinetuneOptions, path: Path, corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """(n, C) scores of the fold's held-out clips, and (n,) which clips they are."""
+def parts_of(manifest: Manifest, options: FinetuneOptions) -> tuple[list[int], list[int], list[int]]:
+    """Clips to train on, to validate with meanwhile, and to score at the end. The last two are the same but where a
+    table names its validation and its test clips."""
+    training, held_out = split(manifest, options.data)
+    if options.data.val_folds:
+        return training, held_out, held_out
+    if manifest.is_split:
+        return training, held_out, manifest.in_folds([TEST], "test") if TEST in manifest.folds else held_out
+    held_out = hold_out(manifest, options.data.val_fraction, options.seed)
+    return sorted({*range(len(manifest.clips))} - {*held_out}), held_out, held_out
+
+
+def _say_parts(manifest: Manifest, fold: int | None, training: Sequence[int], test: Sequence[int]) -> None:
+    """What is held out where no fold says it, and the classes that a score says nothing of."""
+    if not test:
+        print("every recording is trained on: there will be no score (data.val_fraction=0.2 holds a fifth out)")
+        return
+    if fold is None and not manifest.is_split:
+        print(f"the recordings have no folds: {len(test)} of {len(manifest.clips)} clips are held out, class by class "
+              "(data.val_fraction)")
+    where = "" if fold is None else f"fold {fold}: "
+    for name, clips in (("train on", training), ("score", test)):
+        there = {label for i in clips for label in manifest.clips[i].labels}
+        if missing := [label for label in manifest.classes if label not in there]:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            print(f"{where}no clip to {name} of {', '.join(missing[:5])}{more}")
+
+
+def _score(options: FinetuneOptions, path: Path, corpus: Corpus, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(n, C) scores of the clips, and (n,) which of them could be read."""
     device, tuned = distributed.init(options.train.device).device, load_weights(path, options.weights)
     model = tuned.at_full_resolution(device)
     front_end = FrontEnd(tuned.recipe.fine_geometry, tuned.fine_statistics).to(device)
     assert isinstance(model, Supervised)
-    return Runner(corpus, front_end, options.evaluation.batch_size).run(model.scores, corpus.held_out).by_clip()
+    return Runner(corpus, front_end, options.evaluation.batch_size).run(model.scores, clips).by_clip()
 
 
 def _report(

@@ -113,6 +113,7 @@ def open_weights(ckpt: Path, which: Which = "auto", *, classifier: bool = False)
 
 def open_inference(weights: Weights, options: InferenceOptions, recordings: Manifest, data: DataOptions) -> Inference:
     """Raises UserError: no such device, or more unreadable files than data.max_bad_files."""
+    print("".join(f"{note}\n" for note in recordings.notes), end="")
     device, corpus = distributed.init(options.device).device, Corpus.whole(recordings, data)
     geometry = weights.geometry if options.resolution == "trained" else weights.recipe.fine_geometry
     front_end = InputStatistics(corpus, weights.statistics).front_end(geometry).to(device)

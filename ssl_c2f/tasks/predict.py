@@ -84,7 +84,7 @@ def _in(file: Path) -> list[Clip]:
     if file.suffix in (".csv", ".jsonl"):
         return [
             replace(clip, path=(file.parent / clip.path).as_posix(), shard=clip.shard and str(file.parent / clip.shard))
-            for clip in listed_in(file)
+            for clip in listed_in(file)[0]
         ]
     return [Clip(file.as_posix())]
 

@@ -53,7 +53,9 @@ def probe(ckpt: Path, options: ProbeOptions) -> dict[str, Any]:
         UserError: fewer than two classes or folds, or nothing that can be read.
     """
     weights, everything = open_weights(ckpt, options.weights), open_manifest(options.data)
-    recordings = everything.only(i for i in everything.in_folds(options.folds, "folds") if everything.clips[i].labels)
+    multi = everything.is_multi_label  # then one without labels is a negative of all classes
+    chosen = everything.in_folds(options.folds, "folds")
+    recordings = everything.only(i for i in chosen if everything.clips[i].labels or multi)
     if len(recordings.classes) < 2:
         raise UserError(f"{recordings.root}: a probe needs recordings of at least two classes")
     inference = open_inference(weights, options, recordings, options.data)

@@ -31,7 +31,8 @@ from ssl_c2f.train.weights import Weights
 # Options that may change when a run is resumed, besides added phases: they do not change what is computed
 MAY_CHANGE = (
     "run_dir", "name", "folds", "folds.*",
-    "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.workers", "data.cache_gb", "data.max_bad_files",
+    "tracking.*", "evaluation.*", "data.root", "data.manifest", "data.labels", "data.columns",
+    "data.columns.*", "data.separator", "data.workers", "data.cache_gb", "data.max_bad_files",
     "train.device", "train.max_batch_per_device", "train.compile", "train.rehearse", "train.log_every",
     "train.checkpoint_every", "train.keep", "train.max_nonfinite",
 )
@@ -53,7 +54,12 @@ def open_run(
     if dist.is_main and folder.config.exists():
         check_options(options, folder)
     if statistics is None:
-        opened = Corpus.open(options.data, options.seed, folder.bad_files if dist.is_main else None)
+        opened = Corpus.open(
+            options.data, options.seed, folder.bad_files if dist.is_main else None,
+            labels_needed=isinstance(options.objective, SupervisedOptions),
+        )
+        if dist.is_main:
+            print("".join(f"{note}\n" for note in opened.manifest.notes), end="")
         statistics = InputStatistics(opened, initial.statistics if initial else {}, folder)
     corpus = statistics.corpus
     _check_labels(options, corpus)
@@ -87,13 +93,24 @@ def check_options(options: RunOptions, folder: RunFolder) -> None:
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
     if not isinstance(options.objective, SupervisedOptions):
         return
-    clips = corpus.manifest.clips
-    unlabelled = [clips[i].path for i in corpus.training if not clips[i].labels]
-    several = [clips[i].path for i in corpus.training if len(clips[i].labels) > 1]
-    if unlabelled:
-        raise UserError(f"{len(unlabelled)} training clips have no label, the first is {unlabelled[0]}")
-    if several and options.objective.labels == "single":
+    manifest, single = corpus.manifest, options.objective.labels == "single"
+    unlabelled = [manifest.clips[i].path for i in corpus.training if not manifest.clips[i].labels]
+    several = [manifest.clips[i].path for i in corpus.training if len(manifest.clips[i].labels) > 1]
+    if not manifest.classes:
+        raise UserError(f"{manifest.root}: no recording has a label: put them into a folder for each class, or name a "
+                        "table with data.manifest=FILE")
+    if several and single:
         raise UserError(f"{several[0]} has several labels: set objective.labels=multi")
+    if len(manifest.classes) == 1 and single:
+        raise UserError(
+            f"{manifest.root}: all recordings have the one label {manifest.classes[0]!r}; is data.root one level too "
+            "high? (a detector of one class: objective.labels=multi, and recordings without labels)"
+        )
+    if unlabelled and single:
+        raise UserError(
+            f"{len(unlabelled)} training clips have no label, the first is {unlabelled[0]} (with "
+            "objective.labels=multi they would be negatives of every class)"
+        )
 
 
 def _check_recordings(folder: RunFolder, corpus: Corpus, clips_per_epoch: int) -> None:

@@ -152,7 +152,7 @@ def train_phase(run: Run, phase: Phase) -> None:
 def _train(run: Run, training: Training, tracker: Tracker | None, progress: Progress) -> None:
     o, corpus, phase = run.options, run.corpus, training.phase
     front_end = run.statistics.front_end(phase.geometry).to(run.dist.device)
-    clips = TrainingClips(corpus.source(phase.geometry), corpus.training, o.seed, o.augment)
+    clips = TrainingClips(corpus.source(phase.geometry), corpus.training, o.seed, o.augment, o.data.balance)
     # Which clips come is a function of the step, so the loader starts anywhere and knows nothing of epochs.
     batches = positions(
         run.curriculum, training.step, phase.last_step, run.dist.rank, run.dist.world, o.train.max_batch_per_device

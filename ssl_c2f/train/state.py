@@ -26,6 +26,7 @@ from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
+from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.train import optim
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.weights import CheckpointState, Weights
@@ -88,7 +89,10 @@ def build(run: Run, phase: Phase) -> Objective:
 def prepare(run: Run, phase: Phase) -> Training:
     """The beginning of a phase from scratch, on the device, with its optimiser and wrappers."""
     o, device = run.options, run.dist.device
-    objective = build(run, phase).to(device).train()
+    objective = build(run, phase)
+    if isinstance(objective, Supervised):
+        objective.count(run.corpus.manifest.labels(run.corpus.training))
+    objective = objective.to(device).train()
     model: nn.Module = torch.compile(objective) if o.train.compile else objective  # type: ignore[assignment]
     if run.dist.world > 1:
         ids = [run.dist.local_rank] if device.type == "cuda" else None
