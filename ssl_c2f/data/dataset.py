@@ -104,7 +104,7 @@ def split(manifest: Manifest, options: DataOptions) -> tuple[list[int], list[int
         UserError: a fold that no clip has, or nothing left to train on.
     """
     everything: Sequence[int] = range(len(manifest.clips))
-    if manifest.is_split and not options.val_folds and not options.val_fraction:
+    if manifest.is_split and not options.val_folds:  # the table says it
         folds = [clip.fold for clip in manifest.clips]
         held_out = [i for i in everything if folds[i] == VALIDATION]
         everything = [i for i in everything if folds[i] != TEST]
