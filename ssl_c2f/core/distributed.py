@@ -62,6 +62,31 @@ class Dist:
         return box[0]
 
 
+class _AllRows(torch.autograd.Function):
+    """Rows of all processes. torch's own (`torch.distributed.nn`) has wrong gradients with gloo in torch 2.14."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def all_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The (n, ...) rows of all processes, (world n, ...) in the order of ranks, and this process's rank. Gradients flow
+    back to the process that a row is from, and are summed there: DDP's mean of them is that of the mean loss."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows, 0
+    found: Tensor = _AllRows.apply(rows.contiguous())  # type: ignore[no-untyped-call]
+    return found, dist.get_rank()
+
+
 def init(device: str = "auto", timeout_minutes: float = 30.0) -> Dist:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), if it did.
 

@@ -21,7 +21,7 @@ import yaml
 
 from ssl_c2f.core import locks
 from ssl_c2f.core.files import write_json, write_text
-from ssl_c2f.core.options import UserError, differences, flatten
+from ssl_c2f.core.options import UserError, differences
 from ssl_c2f.core.provenance import provenance
 
 
@@ -161,23 +161,19 @@ class RunFolder:
         except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.config} is not the config of a run: choose another run_dir") from None
 
-    def check_config(
-        self, text: str, allowed: Collection[str] = (), defaults: dict[str, Any] | None = None
-    ) -> None:
+    def check_config(self, text: str, allowed: Collection[str] = (), before: str | None = None) -> None:
         """Refuse to continue with another config than the run was started with.
 
-        `allowed` are patterns of dotted keys that may differ: {"tracking.*", "phases.*.batch_size"}. An option that the
-        run's config lacks had its value of `defaults`.
+        `allowed` are patterns of dotted keys that may differ: {"tracking.*", "phases.*.batch_size"}. `before` is the
+        config that it was started with, if the caller knows more of it than the folder.
 
         Raises:
             UserError: naming the first keys that differ.
         """
-        found = differences(yaml.safe_load(self.config.read_text()), yaml.safe_load(text))
-        assumed = dict(flatten(defaults or {}))
+        found = differences(yaml.safe_load(before or self.config.read_text()), yaml.safe_load(text))
         changed = sorted(
             f"{key} was {old}, now {new}" for key, old, new in found
             if not any(fnmatchcase(key, pattern) for pattern in allowed)
-            and not (old == "-" and new == assumed.get(key))
         )
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -143,6 +143,18 @@ class Geometry:
     def tokens_in(self, seconds: float) -> int:
         """Columns of tokens that a length of time spans: the nearest number of them, at least one."""
         return max(1, round(seconds * self.sample_rate / (self.patch_t * self.crop_step)))
+
+    def stretch(self, seconds: float) -> Geometry:
+        """The geometry of a stretch of a clip: as many columns of tokens as span that long, every frame of them real.
+
+        It spans the same time at every time factor, to the nearest column; its first column may stand behind any column
+        of the clip that leaves room for the others.
+        """
+        assert not self.overlaps
+        columns = min(self.tokens_in(seconds), self.columns)
+        frames = columns * self.patch_t
+        samples = self.window + (frames * self.pool - 1) * self.hop
+        return replace(self, clip_samples=samples, num_frames=frames, grid_t=columns)
 
     @property
     def crop_step(self) -> int:

@@ -64,6 +64,8 @@ class Masking:
     size: tuple[int, int]  # least and greatest side of a block, in tokens
     num_masks: int = 1  # for each clip
     seconds: tuple[float, float] | None = None  # least and greatest length of a block in time; None: `size`
+    shapes: tuple[Shape, ...] = ()  # of the masks in turn; none: `shape` for all
+    view_seconds: float | None = None  # each mask is of a stretch of the clip of its own; None: all are of the clip
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,10 @@ class Curriculum:
         phase = next((p for p in self.phases if step < p.last_step), self.phases[-1])
         return phase, (step - phase.first_step) / phase.steps, step / self.steps
 
+    def spent(self, step: int) -> float:
+        """The share of the run's FLOPs that is behind a step, in [0, 1]."""
+        return self.counters(step)["flops"] / self.counters(self.steps)["flops"]
+
     def samples(self, step: int) -> int:
         """Clips seen when `step` steps are done."""
         phase, _, _ = self.lookup(step)
@@ -161,12 +167,25 @@ def make_phase(
     )
 
 
-def learning_rate(phase: Phase, t: float, schedule: Literal["cosine", "constant"] = "cosine") -> float:
-    """Linear warm-up from the first step on, then a half cosine down to `min_lr_ratio` of the peak; each phase anew."""
+Schedule = Literal["cosine", "constant", "trunk", "run_cosine"]
+COOLDOWN = 0.2  # share of a trunk's FLOPs: a fifth is as good as a whole cosine (Haegele et al., arXiv 2405.18392)
+
+
+def learning_rate(phase: Phase, t: float, schedule: Schedule = "cosine", spent: float = 0.0) -> float:
+    """Linear warm-up from the first step on, then the schedule, down to `min_lr_ratio` of the peak.
+
+    `cosine` and `constant` begin anew in each phase. `trunk` and `run_cosine` are one schedule over the FLOPs of the
+    run, `spent` being the share that is behind the step, and take no notice of phases, of which only the first warms
+    up: a trunk stays at the peak and falls with 1 - sqrt over the last fifth; the other is half a cosine.
+    """
     done = round(t * phase.steps)
     if done < phase.warmup_steps:
         return phase.lr * (done + 1) / phase.warmup_steps
     if schedule == "constant":
         return phase.lr
+    if schedule in ("trunk", "run_cosine"):
+        fallen = math.sqrt(max(spent - (1 - COOLDOWN), 0) / COOLDOWN)
+        left = 1 - fallen if schedule == "trunk" else 0.5 * (1 + math.cos(math.pi * spent))
+        return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * left)
     t = (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
     return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * t)))

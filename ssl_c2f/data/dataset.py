@@ -327,9 +327,9 @@ class TrainingClips(Dataset[Item]):
         key = draws.key(self.seed, epoch, segment, *again)
         item = self._readable(segment, key)
         share = mixup_share(key, self.augment)
-        if self.augment.mixup_prob == 0:
+        if self.augment.mixup_prob == 0 and self.augment.mix_prob == 0:
             return item
-        if share == 1.0:  # its own partner: batches mix all their clips or none
+        if share == 1.0 and self.augment.mix_prob == 0:  # its own partner: batches mix all their clips or none
             return item._replace(partner=item)
         partner = self._readable(self._other(draws.key(key, "partner")), draws.key(key, "partner crop"))
         return item._replace(partner=partner, share=share, bad=item.bad + partner.bad)

@@ -5,6 +5,8 @@ Legend: B batch, S samples, T frames, F mel bins, N tokens, C classes.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,9 +19,10 @@ from ssl_c2f.core import draws
 from ssl_c2f.curriculum.compress import pool_time
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.curriculum.phases import Masking
-from ssl_c2f.data.augment import AugmentOptions, spec_augment
+from ssl_c2f.data.augment import AugmentOptions, shifted, spec_augment
 from ssl_c2f.data.masks import Mask, draw_mask
 from ssl_c2f.data.spectrogram import Fbank
+from ssl_c2f.data.views import colour, cut, mix
 
 
 @dataclass(frozen=True)
@@ -113,23 +116,87 @@ class FrontEnd(nn.Module):
     @torch.no_grad()
     def forward(self, items: Items, masking: Masking | None = None, augment: AugmentOptions | None = None) -> Batch:
         """The batch on the device of this module, wherever the items are."""
-        g, items = self.geometry, items.to(self.device)
-        spec, num_frames = self._input(items)
+        g, items, augment = self.geometry, items.to(self.device), augment or AugmentOptions()
+        if masking and masking.view_seconds:
+            return self._views(items, masking, augment)
+        spec, num_frames = self._one_view(items, augment)
         labels = items.labels
+        if items.partner is not None and augment.mix_prob:
+            other, ends = self._one_view(items.partner, augment)
+            share = _background(items.keys, 1, augment)
+            spec = mix(spec, num_frames, other, ends.minimum(num_frames), share, self._std)
         if items.partner is not None and items.share is not None:
-            other, other_frames = self._input(items.partner)
-            spec = torch.lerp(other, spec, items.share[:, None, None])
+            other, other_frames = self._one_view(items.partner, augment)
+            if augment.mixup_domain == "power":
+                spec = mix(spec, num_frames, other, other_frames, 1 - items.share, self._std)
+            else:
+                spec = torch.lerp(other, spec, items.share[:, None, None])
             labels = torch.lerp(items.partner.labels, labels, items.share[:, None])
             num_frames = torch.where(items.share < 1, torch.maximum(num_frames, other_frames), num_frames)
-        if augment is not None and (augment.freq_mask or augment.time_mask_seconds):
+        if augment.freq_mask or augment.time_mask_seconds:
             time_mask = round(augment.time_mask_seconds * g.sample_rate / g.crop_step)
             spec = spec_augment(spec, num_frames, items.keys, augment.freq_mask, time_mask)
         short = bool((g.tokens_t(num_frames) < g.columns).any())
         batch = Batch(spec, num_frames, items.index, items.keys, labels, g, short)
         if masking is None:
             return batch
-        m, columns = masking, g.tokens_t(num_frames)
-        keys = (draws.key(items.keys, "mask", view) for view in range(m.num_masks))
-        size_t = m.seconds and (g.tokens_in(m.seconds[0]), g.tokens_in(m.seconds[1]))
-        masks = tuple(draw_mask(key, g.grid, columns, m.shape, m.ratio, m.size, size_t) for key in keys)
-        return replace(batch, masks=masks)
+        return replace(batch, masks=_masks(items.keys, g, [g.tokens_t(num_frames)] * masking.num_masks, masking))
+
+    @property
+    def _std(self) -> float:
+        """What the log-mel values are divided by."""
+        return self.statistics.factor * self.statistics.std
+
+    def _one_view(self, items: Items, augment: AugmentOptions) -> tuple[Tensor, Tensor]:
+        """(B, T, F) of clips as they are, or of one view of each that is as long as the clip."""
+        g = self.geometry
+        spec, frames = self._input(items)
+        if augment.views:
+            spec, frames = self._cut(spec, frames, items.keys, g.frames(g.clip_samples), augment)
+            spec = F.pad(spec, (0, 0, 0, g.num_frames - spec.shape[1]))
+        return shifted(spec, frames, items.keys) if augment.time_shift else spec, frames
+
+    def _cut(
+        self, spec: Tensor, num_frames: Tensor, keys: Tensor, size: int, augment: AugmentOptions
+    ) -> tuple[Tensor, Tensor]:
+        """(B, size, F), and (B,) real frames: a stretch of each clip with a gain and a tilt; 0 in padding."""
+        views, lengths = cut(spec, num_frames, keys, size, augment)
+        views = views + colour(keys, spec.shape[2], augment) / self._std
+        frames = torch.arange(size, device=spec.device)
+        return views.masked_fill((frames >= lengths[:, None])[..., None], 0.0), lengths
+
+    def _views(self, items: Items, m: Masking, augment: AugmentOptions) -> Batch:
+        """Views of each clip, (V B, T, F) view after view, with a mask (B, N) for each."""
+        g = self.geometry.stretch(m.view_seconds or 0.0)
+        keys = torch.cat([draws.key(items.keys, "view", view) for view in range(m.num_masks)])
+        spec, frames = self._input(items)
+        spec, frames = spec.repeat(m.num_masks, 1, 1), frames.repeat(m.num_masks)
+        views, lengths = self._cut(spec, frames, keys, g.num_frames, augment)
+        if items.partner is not None:
+            other, ends = cut(*self._input(items.partner), draws.key(items.keys, "background"), g.num_frames, augment)
+            share = _background(items.keys, m.num_masks, augment)
+            ends = torch.minimum(ends.repeat(m.num_masks), lengths)
+            views = mix(views, lengths, other.repeat(m.num_masks, 1, 1), ends, share, self._std)
+        columns = g.tokens_t(lengths)
+        short = bool((columns < g.columns).any())
+        batch = Batch(views, lengths, items.index, items.keys, items.labels, g, short)
+        return replace(batch, masks=_masks(items.keys, g, columns.chunk(m.num_masks), m))
+
+
+def _masks(keys: Tensor, g: Geometry, columns: Sequence[Tensor], m: Masking) -> tuple[Mask, ...]:
+    """A mask for each view, of so many (B,) real columns."""
+    size_t = m.seconds and (g.tokens_in(m.seconds[0]), g.tokens_in(m.seconds[1]))
+    shapes = itertools.cycle(m.shapes or (m.shape,))
+    return tuple(
+        draw_mask(draws.key(keys, "mask", view), g.grid, real, shape, m.ratio, m.size, size_t)
+        for view, (real, shape) in enumerate(zip(columns, shapes, strict=False))
+    )
+
+
+def _background(keys: Tensor, views: int, augment: AugmentOptions) -> Tensor:
+    """(V B,) share of power that the other clip has in each view: in one of a clip's views at most, so that no two have
+    it in common."""
+    drawn = draws.uniform(draws.key(keys, "mix"), 2)
+    share = drawn[:, 1] * augment.mix_power * (drawn[:, 0] < augment.mix_prob)
+    chosen = draws.integers(draws.key(keys, "mixed view"), views)
+    return torch.cat([share * (chosen == view) for view in range(views)])

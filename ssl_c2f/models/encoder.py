@@ -11,8 +11,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ssl_c2f.core.options import UserError
 from ssl_c2f.curriculum.cost import Part
 from ssl_c2f.curriculum.geometry import Geometry
+from ssl_c2f.models.heads import Layer
 
 
 class Encoder(nn.Module, ABC):
@@ -20,6 +22,7 @@ class Encoder(nn.Module, ABC):
 
     width: int  # D of the tokens that come out
     num_prefix: int  # class tokens, which stand before the others
+    layout: tuple[int, int]  # (bands of time, frequency rows) of the others: ((band rows + row) columns + column)
 
     @abstractmethod
     def forward(self, patches: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -27,6 +30,17 @@ class Encoder(nn.Module, ABC):
 
         The ViT takes a choice of tokens too, which masked objectives need.
         """
+
+    def read(self, patches: Tensor, valid: Tensor | None, layer: Layer) -> Tensor:
+        """As `forward`, of a `layer`: the last one's is `forward`'s.
+
+        Raises:
+            UserError: the encoder has no such layer.
+        """
+        if layer != "last":
+            raise UserError(f"layer {layer}: the stages of this encoder differ in size; read layer=last")
+        tokens: Tensor = self(patches, valid=valid)
+        return tokens
 
     def real(self, valid: Tensor | None) -> Tensor | None:
         """(B, N) bool -> (B, K) bool: which of the tokens that come out, the prefix aside, are not padding. None: all.

@@ -137,6 +137,7 @@ class HTSAT(Encoder):
     def __init__(self, options: HTSATOptions, geometry: Geometry) -> None:
         super().__init__()
         self.options, self.geometry, self.width = options, geometry, options.width
+        self.layout = (geometry.folds, geometry.grid_f // geometry.merge)
         self.patch_embed = nn.Linear(geometry.patch_dim, options.widths[0])
         self.embed_norm = nn.LayerNorm(options.widths[0])
         self.blocks = nn.ModuleList()

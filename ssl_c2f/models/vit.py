@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssl_c2f.core.options import Options
+from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.models.encoder import Encoder
+from ssl_c2f.models.heads import Layer
 from ssl_c2f.models.patches import sincos_positions
 
 Positions = Literal["sincos", "learned"]
@@ -116,6 +117,7 @@ class ViT(Encoder):
     def __init__(self, options: ViTOptions, geometry: Geometry) -> None:
         super().__init__()
         self.options, self.width, self.num_prefix = options, options.width, options.class_tokens
+        self.layout = (1, geometry.grid_f)
         self.patch_embed = nn.Linear(geometry.patch_dim, options.width)
         self.cls_token = nn.Parameter(torch.empty(1, options.class_tokens, options.width).normal_(std=0.02))
         self.blocks = blocks(options.width, options.depth, options.heads, options.mlp_ratio, options.drop_path)
@@ -129,7 +131,7 @@ class ViT(Encoder):
 
     def forward(
         self, patches: Tensor, kept: Tensor | None = None, valid: Tensor | None = None,
-        hidden: tuple[Tensor, Tensor] | None = None,
+        hidden: tuple[Tensor, Tensor] | None = None, places: Tensor | None = None,
     ) -> Tensor:
         """(B, N, P) -> (V B, num_prefix + K, D), class tokens first; V views of a clip, 1 unless `kept` has more rows.
 
@@ -137,12 +139,21 @@ class ViT(Encoder):
             kept: (V B, K) indices of the tokens to encode, view after view; None: all. No other token is embedded.
             valid: (V B, K) bool, False where a token is padding; None: no token is.
             hidden: (B, N) bool, and the (1, 1, D) embedding that replaces these tokens; only where `kept` is None.
+            places: (V B, K) where the kept tokens stand, if not in the grid that `kept` counts in.
         """
-        x, mask = self.tokens(patches, kept, hidden), attention_mask(valid, self.num_prefix)
+        x, mask = self.tokens(patches, kept, hidden, places), attention_mask(valid, self.num_prefix)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         encoded: Tensor = self.norm(x)
         return encoded
+
+    def read(self, patches: Tensor, valid: Tensor | None, layer: Layer) -> Tensor:
+        if layer == "last":
+            return super().read(patches, valid, layer)
+        if layer != "mean" and layer > len(self.blocks):
+            raise UserError(f"layer {layer}: this encoder has {len(self.blocks)}")
+        layers = self.layers(patches, valid)
+        return torch.stack(layers).mean(0) if layer == "mean" else layers[layer - 1]
 
     def layers(self, patches: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """(B, N, P) -> the output (B, num_prefix + N, D) of each block, before the final norm."""
@@ -153,7 +164,8 @@ class ViT(Encoder):
         return found
 
     def tokens(
-        self, patches: Tensor, kept: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
+        self, patches: Tensor, kept: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """The input (V B, num_prefix + K, D) of the first block; arguments as for `forward`."""
         positions = self.positions
@@ -162,7 +174,7 @@ class ViT(Encoder):
             index = kept.view(-1, clips, kept.shape[1], 1)  # (V, B, K, 1)
             views = patches.expand(len(index), -1, -1, -1)  # the same patches, not copies
             patches = views.gather(2, index.expand(-1, -1, -1, size)).flatten(0, 1)
-            positions = positions[kept]
+            positions = positions[kept if places is None else places]
         x = self.patch_embed(patches)
         if hidden is not None:
             masked, embedding = hidden

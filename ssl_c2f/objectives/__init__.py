@@ -11,9 +11,10 @@ from ssl_c2f.objectives.latent import LatentOptions
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.ssast import SSASTOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.objectives.views import ViewsOptions
 
 AnyOptions = Annotated[
-    MAEOptions | SSASTOptions | LatentOptions | SupervisedOptions,
+    MAEOptions | SSASTOptions | LatentOptions | ViewsOptions | SupervisedOptions,
     Field(discriminator="name"),
 ]
 

@@ -6,6 +6,7 @@ Legend: B batch, T frames, F mel bins, N tokens, P values of a patch, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from ssl_c2f.curriculum.phases import Shape
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.masks import Mask, num_masked
 from ssl_c2f.models.encoder import EncoderOptions
-from ssl_c2f.models.heads import Readout, read_out
+from ssl_c2f.models.heads import Layer, Readout, read_out
 from ssl_c2f.models.patches import patchify, unpatchify
 from ssl_c2f.models.vit import ViTOptions
 
@@ -55,10 +56,17 @@ class Objective(nn.Module, ABC):
         """Called after each step of the optimiser, at the fraction `u` of the run."""
 
     @torch.no_grad()
-    def embed(self, batch: Batch, kind: Readout = "mean") -> Tensor:
-        """(B, D) features of whole clips ((B, 2 D) for mean_std)."""
-        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
-        return read_out(tokens, self.encoder.real(batch.valid), kind, self.encoder.num_prefix)
+    def embed(self, batch: Batch, kind: Readout = "mean", layer: Layer = "last") -> Tensor:
+        """(B, D) features of whole clips, wider for readouts other than the mean (see `read_out`)."""
+        return self.embeddings(batch, [(layer, kind)])[layer, kind]
+
+    @torch.no_grad()
+    def embeddings(self, batch: Batch, wanted: Sequence[tuple[Layer, Readout]]) -> dict[tuple[Layer, Readout], Tensor]:
+        """The same of several layers and readouts, each layer computed once."""
+        e, patches = self.encoder, patchify(batch.spec, batch.geometry)
+        tokens = {layer: e.read(patches, batch.valid, layer) for layer in dict(wanted)}
+        real = e.real(batch.valid)
+        return {(layer, kind): read_out(tokens[layer], real, kind, e.num_prefix, e.layout) for layer, kind in wanted}
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -70,7 +78,12 @@ class ObjectiveOptions(Options, ABC):
     """The options of an objective, chosen by `objective.name`."""
 
     mask_shape: ClassVar[Shape] = "uniform"  # unless mask.shape says otherwise
+    whole_batch: ClassVar[bool] = False  # clips of a batch are compared: it cannot be accumulated in parts
     name: str
+
+    def seen(self, geometry: Geometry) -> Geometry:
+        """The geometry of what the encoder is shown in training: the clip's, unless views are cut out of it."""
+        return geometry
 
     @property
     def num_masks(self) -> int:

@@ -69,11 +69,7 @@ class MAE(Objective):
     def targets(self, patches: Tensor, batch: Batch) -> Tensor:
         if not self.options.norm_targets:
             return patches
-        weight = real_values(batch.num_frames, batch.geometry).to(patches.dtype)
-        count = weight.sum(-1, keepdim=True).clamp(min=1)
-        mean = (patches * weight).sum(-1, keepdim=True) / count
-        variance = ((patches - mean).square() * weight).sum(-1, keepdim=True) / count
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        return standardised(patches, real_values(batch.num_frames, batch.geometry))
 
     def forward(self, batch: Batch) -> StepResult:
         predictions, targets = self.predict(batch)
@@ -88,3 +84,12 @@ class MAE(Objective):
         predictions, targets = self.predict(batch)
         masked = batch.masks[0].masked
         return pictures_of(batch, masked, torch.where(masked[..., None], predictions.float(), targets))
+
+
+def standardised(patches: Tensor, real: Tensor) -> Tensor:
+    """(B, N, P) with mean 0 and deviation 1 over the `real` (B, N, P) values of each patch."""
+    weight = real.to(patches.dtype)
+    count = weight.sum(-1, keepdim=True).clamp(min=1)
+    mean = (patches * weight).sum(-1, keepdim=True) / count
+    variance = ((patches - mean).square() * weight).sum(-1, keepdim=True) / count
+    return (patches - mean) / (variance + 1e-6).sqrt()

@@ -41,7 +41,8 @@ class SupervisedOptions(ObjectiveOptions):
 
     def costs(self, model: EncoderOptions, geometry: Geometry, mask_ratio: float, num_classes: int) -> list[cost.Part]:
         frozen = self.head == "linear"  # such an encoder runs forward only
-        head = cost.Part("head", cost.linear(1, model.width, num_classes), 2.0 if frozen else 3.0)
+        width = model.width * (geometry.grid_f // geometry.merge if self.head == "bands" else 1)
+        head = cost.Part("head", cost.linear(1, width, num_classes), 2.0 if frozen else 3.0)
         return [*model.costs(geometry, passes=1.0 if frozen else 3.0), head]
 
 
@@ -53,7 +54,8 @@ class Supervised(Objective):
     def __init__(self, model: EncoderOptions, options: SupervisedOptions, geometry: Geometry, num_classes: int) -> None:
         super().__init__(model, geometry)
         self.options = options
-        self.head = Head(options.head, self.encoder.width, num_classes, self.encoder.num_prefix)
+        e = self.encoder
+        self.head = Head(options.head, e.width, num_classes, e.num_prefix, e.layout)
         self.frozen = options.head == "linear"
         self.register_buffer("class_weights", torch.ones(num_classes), persistent=False)
         self.encoder.requires_grad_(not self.frozen)
@@ -77,6 +79,12 @@ class Supervised(Objective):
             tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
         logits: Tensor = self.head(tokens, self.encoder.real(batch.valid))
         return logits.float()
+
+    @torch.no_grad()
+    def head_features(self, batch: Batch) -> Tensor:
+        """What the head's linear layer gets, without gradients."""
+        tokens = self.encoder(patchify(batch.spec, batch.geometry), valid=batch.valid)
+        return self.head.features(tokens, self.encoder.real(batch.valid)).float()
 
     def forward(self, batch: Batch) -> StepResult:
         logits, labels = self.logits(batch), batch.labels

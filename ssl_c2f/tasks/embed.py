@@ -17,7 +17,7 @@ from pydantic import Field
 from ssl_c2f.core.files import write_bytes, write_csv
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.dataset import open_manifest
-from ssl_c2f.models.heads import Readout
+from ssl_c2f.models.heads import Layer, Readout
 from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights
 
 ENDINGS = (".npz", ".safetensors", ".csv")
@@ -27,7 +27,8 @@ class EmbedOptions(RecordingOptions):
     """`ssl_c2f embed`."""
 
     out: str = Field(description="file.npz, file.safetensors or file.csv")
-    readout: Readout = Field("mean", description="of the tokens of a window")
+    readout: Readout = Field("mean", description="of the tokens of a window; bands: a mean for each frequency row")
+    layer: Layer = Field("last", description="whose tokens: last, a block's number, or the mean of all blocks")
     windows: bool = Field(False, description="a row for each window, with its start; else their mean per recording")
 
 
@@ -43,7 +44,9 @@ def embed(ckpt: Path, options: EmbedOptions) -> Path:
     weights, everything = open_weights(ckpt, options.weights), open_manifest(options.data)
     recordings = everything.only(everything.in_folds(options.folds, "folds"))
     inference = open_inference(weights, options, recordings, options.data)
-    rows = inference.run(lambda batch: inference.objective.embed(batch, options.readout), "embedding windows")
+    rows = inference.run(
+        lambda batch: inference.objective.embed(batch, options.readout, options.layer), "embedding windows"
+    )
     values, index = (rows.values, rows.clip) if options.windows else rows.by_clip()
     clips = [recordings.clips[i] for i in index.tolist()]
     starts = rows.start.numpy() if options.windows else np.array([clip.start for clip in clips])
@@ -51,7 +54,8 @@ def embed(ckpt: Path, options: EmbedOptions) -> Path:
         file, values.numpy().astype(np.float32), [clip.path for clip in clips],
         [";".join(clip.labels) for clip in clips],
         starts if options.windows or recordings.has_stretches else None,
-        {"checkpoint": weights.origin, "readout": options.readout, "resolution": options.resolution},
+        {"checkpoint": weights.origin, "readout": options.readout, "layer": str(options.layer),
+         "resolution": options.resolution},
     )
     print(f"{len(values)} x {values.shape[1]} features of {len(set(index.tolist()))} recordings: {file}")
     return file

@@ -26,6 +26,7 @@ from ssl_c2f.data.tables import TEST
 from ssl_c2f.objectives.supervised import Supervised, SupervisedOptions
 from ssl_c2f.tasks.evaluate import print_scores, write_scores
 from ssl_c2f.tasks.inference import open_weights
+from ssl_c2f.tasks.probe import ProbeOptions, choose_folds, choose_strength, linear_fits
 from ssl_c2f.train import engine, metrics, publish
 from ssl_c2f.train.recipe import RunOptions
 from ssl_c2f.train.weights import Weights, Which, load_weights
@@ -39,6 +40,9 @@ class FinetuneOptions(RunOptions):
     folds: Literal["auto"] | tuple[int, ...] = Field("auto", description="folds to hold out in turn; auto: all")
     weights: Which = Field("auto", description="auto: the moving average where there is one")
     statistics: Literal["checkpoint", "measure"] = Field("checkpoint", description="whose mean and deviation")
+    start: Literal["random", "probe"] = Field(
+        "random", description="of the head: random weights, or a logistic regression on the frozen encoder's features"
+    )
     from_scratch: bool = Field(False, description="the same network with random weights: what pretraining is worth")
     objective: SupervisedOptions = SupervisedOptions()  # type: ignore[assignment]
 
@@ -86,6 +90,8 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
             _say_parts(everything.manifest, fold, training, test)
         statistics = InputStatistics(corpus, weights.statistics, RunFolder(path), factor)
         initial = None if options.from_scratch else weights
+        if initial and options.start == "probe" and not RunFolder(path).newest():
+            initial = with_fitted_head(initial, part, statistics)
         group = publish.group_of(weights.origin)
         engine.run(part, path, initial=initial, statistics=statistics, stop=stop, kind="finetune", group=group)
         if test and report:
@@ -93,6 +99,29 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
     if scored:
         _report(folder, everything.manifest, scored, weights, options)
     return folder
+
+
+def with_fitted_head(weights: Weights, options: FinetuneOptions, statistics: InputStatistics) -> Weights:
+    """The weights with a head that is the linear probe of their frozen features on the training clips: fine-tuning
+    starts from what the probe knows, and the first steps do not wash out the encoder for a head that knows nothing
+    (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022)."""
+    corpus, device = statistics.corpus, distributed.init(options.train.device).device
+    classes, single = corpus.manifest.classes, options.objective.labels == "single"
+    model = replace(weights, recipe=options, classes=classes).objective(options.fine_geometry, device)
+    assert isinstance(model, Supervised)
+    front_end = statistics.front_end(options.fine_geometry).to(device)
+    runner = Runner(corpus, front_end, options.evaluation.batch_size)
+    x, found = runner.run(model.head_features, corpus.training).by_clip()
+    labels = corpus.manifest.labels(found)
+    folds = [corpus.manifest.clips[i].fold for i in found.tolist()]
+    parts = choose_folds(folds, labels, ProbeOptions(splits=2))[0]
+    strength, _ = choose_strength(x, labels, parts, ProbeOptions(), single)
+    mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    weight, bias = linear_fits((x - mean) / std, labels, [strength], single)[0]
+    head = {"head.classifier.weight": weight / std, "head.classifier.bias": bias - (weight / std) @ mean}
+    norm = {f"head.norm.{name}": value.detach().cpu() for name, value in model.head.norm.state_dict().items()}
+    kept = {name: value for name, value in weights.tensors.items() if not name.startswith("head.")}
+    return replace(weights, tensors={**kept, **norm, **head})
 
 
 def check_origin(folder: Path, origin: str) -> None:

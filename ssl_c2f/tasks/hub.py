@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_c2f.core.files import write_bytes, write_json, write_text
 from ssl_c2f.data.front_end import Batch, FrontEnd, Items
-from ssl_c2f.models.heads import Readout
+from ssl_c2f.models.heads import Layer, Readout
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.tasks.convert import notice
 from ssl_c2f.train.weights import Weights, load_weights
@@ -64,9 +64,11 @@ class AudioModel(
             return self.objective.logits(batch)
         return self.objective.embed(batch)
 
-    def embed(self, waveform: Tensor, num_samples: Tensor | None = None, readout: Readout = "mean") -> Tensor:
-        """(B, S) -> (B, D) features ((B, 2 D) for mean_std), without gradients."""
-        return self.objective.embed(self.batch(waveform, num_samples), readout)
+    def embed(
+        self, waveform: Tensor, num_samples: Tensor | None = None, readout: Readout = "mean", layer: Layer = "last"
+    ) -> Tensor:
+        """(B, S) -> (B, D) features, wider for readouts other than the mean, without gradients."""
+        return self.objective.embed(self.batch(waveform, num_samples), readout, layer)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.objective.state_dict().items()}

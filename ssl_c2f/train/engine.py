@@ -10,6 +10,9 @@ import signal
 from collections.abc import Collection
 from pathlib import Path
 
+import yaml
+from pydantic import ValidationError
+
 from ssl_c2f.core import distributed
 from ssl_c2f.core import options as option_files
 from ssl_c2f.core.files import read_json, write_json, write_text
@@ -50,6 +53,12 @@ def open_run(
     for phase in options.phases:
         if phase.batch_size % dist.world:
             raise UserError(f"phase {phase.name}: batch_size {phase.batch_size} is no multiple of {dist.world} devices")
+        per_device = phase.batch_size // dist.world
+        if options.objective.whole_batch and per_device > (options.train.max_batch_per_device or per_device):
+            raise UserError(
+                f"phase {phase.name}: objective {options.objective.name} compares the clips of a batch with each "
+                f"other, so train.max_batch_per_device must be {per_device} or more"
+            )
     folder, text = RunFolder(path), option_files.dump(options)
     if dist.is_main and folder.config.exists():
         check_options(options, folder)
@@ -86,8 +95,11 @@ def check_options(options: RunOptions, folder: RunFolder) -> None:
         UserError: others differ from those that the run was begun with.
     """
     added = (f"phases.{i}.*" for i in range(folder.num_phases(), len(options.phases)))
-    defaults = RunOptions(phases=options.phases).model_dump(mode="json")  # of options that came after the run was begun
-    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added), defaults)
+    before = None
+    with contextlib.suppress(ValidationError):  # options that an earlier version did not have stood at their defaults
+        earlier = yaml.safe_load(folder.config.read_text())
+        before = option_files.dump(type(options).model_validate(earlier, strict=False))
+    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added), before)
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:

@@ -32,6 +32,8 @@ from ssl_c2f.train.pictures import save_pictures
 from ssl_c2f.train.state import Run, Training, save, snapshot, start
 from ssl_c2f.train.validate import validate
 
+COLLAPSED = 2.0  # effective rank of held-out features below which there is little to tell clips apart by
+
 
 @dataclass(frozen=True)
 class Step:
@@ -48,7 +50,7 @@ def train_step(run: Run, training: Training, loader: Iterator[Items], front_end:
     """One step of the optimiser on the device's part of the global batch, in micro-batches."""
     o, objective = run.options, training.objective
     phase, t, u = run.curriculum.lookup(training.step)
-    lr = learning_rate(phase, t, o.optim.schedule)
+    lr = learning_rate(phase, t, o.optim.schedule, run.curriculum.spent(training.step))
     optim.set_learning_rate(training.optimizer, lr)
     # Drop path draws from torch's own generator. Seeded by the step, it draws the same after a resume as in one go.
     torch.manual_seed(draws.seed(o.seed, training.step, run.dist.rank, "step"))
@@ -237,6 +239,9 @@ def _validate(
             stopped = True
         else:
             tracker.log(_axes(run, training) | result)
+            if result.get("val/rank", COLLAPSED) < COLLAPSED:
+                directions = f"held-out clips differ in {result['val/rank']:.1f} directions"
+                note(f"step {training.step}: warning: the features collapse, {directions}")
             note(f"step {training.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
     if run.dist.any_rank(stopped):
         raise Interrupted(run.stop.signum or signal.SIGTERM, training.step)

@@ -94,6 +94,22 @@ def counted_precision(
     return np.where((positives > 0) & (positives < there[-1]), found, np.nan)
 
 
+def effective_rank(features: Tensor) -> float:
+    """How many directions (n, D) features use: exp of the entropy of their singular values (RankMe, Garrido et al.,
+    ICML 2023), of centred features, so that a mean that all share is no direction. 1 is collapse to a line."""
+    values = torch.linalg.svdvals(features.double() - features.double().mean(0))
+    share = values / values.sum().clamp(min=1e-300)
+    return float(torch.special.entr(share).sum().exp())
+
+
+def uniformity(features: Tensor) -> float:
+    """Log mean of exp(-2 distance^2) between (n, D) features of length 1 (Wang & Isola, ICML 2020): 0 where all are one
+    point, and the lower the more evenly they spread."""
+    x = F.normalize(features.float(), dim=1)
+    apart = torch.pdist(x).square()
+    return float((-2 * apart).exp().mean().log()) if len(apart) else math.nan
+
+
 def score(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy where every clip has exactly one label, else the multi-label scores."""
     if bool((labels.sum(1) == 1).all()):

@@ -10,19 +10,24 @@ from pydantic import Field
 from torch import nn
 
 from ssl_c2f.core.options import Options
+from ssl_c2f.curriculum.phases import Schedule
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimOptions(Options):
-    """AdamW, and a learning rate that restarts in every phase."""
+    """AdamW, and the learning rate's schedule."""
 
     lr: float | None = Field(None, gt=0, description="peak, of phases that set none; 5e-4 if not given")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where the cosine ends, as a fraction of the peak")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = Field(
+        "cosine", description="cosine, constant: anew in every phase; trunk (constant, 1 - sqrt over the last fifth of "
+        "the FLOPs) and run_cosine: once over the run"
+    )
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    head_lr: float = Field(1.0, gt=0, description="factor on the lr of all that is not the encoder")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the lr from a layer to the one below")
     moments: Literal["keep", "reset"] = Field("keep", description="optimiser state, at a phase boundary")
 
@@ -46,6 +51,7 @@ def make_optimizer(objective: nn.Module, options: OptimOptions, depth: int) -> t
         plain = parameter.ndim < 2 or name.endswith(("_token", "positions", "bias_table"))
         decay = 0.0 if plain else options.weight_decay
         scale = options.layer_decay ** (depth + 1 - layer_of(name, depth))
+        scale *= 1.0 if name.startswith("encoder.") else options.head_lr
         group = groups.setdefault((scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)

@@ -15,11 +15,13 @@ from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.masks import MaskOptions
 from ssl_c2f.models.backbones import ModelOptions
+from ssl_c2f.models.heads import Readout
 from ssl_c2f.models.htsat import HTSATOptions
 from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives import AnyOptions, Objective
 from ssl_c2f.objectives.mae import MAEOptions
 from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.objectives.views import ViewsOptions
 from ssl_c2f.track.wandb_run import TrackingOptions
 from ssl_c2f.train.optim import OptimOptions
 
@@ -47,6 +49,7 @@ class EvaluationOptions(Options):
     batch_size: int = Field(50, ge=1)
     max_clips: int = Field(2000, ge=2, description="clips of the validation loss, and of each side of the kNN probe")
     knn: int = Field(10, ge=1, description="neighbours")
+    readout: Readout = Field("mean", description="of the features that neighbours are found in, and that are watched")
 
 
 class Recipe(Options):
@@ -110,12 +113,20 @@ class RunOptions(Recipe):
             raise ValueError(f"phases: names must differ, not {', '.join(names)}")
         if self.optim.lr is not None and all(phase.lr is not None for phase in self.phases):
             raise ValueError("optim.lr has no effect: every phase sets its own lr (phases.0.lr=...)")
+        if isinstance(self.objective, ViewsOptions) and self.augment.mixup_prob:
+            raise ValueError("augment.mixup_prob mixes whole clips: objective views takes augment.mix_prob instead")
+        if self.optim.schedule in ("trunk", "run_cosine"):
+            warm = (phase.name for phase in self.phases[1:] if phase.warmup_epochs or phase.warmup_steps)
+            if name := next(warm, None):
+                raise ValueError(f"phase {name}: optim.schedule={self.optim.schedule} warms up in the first phase only")
         for phase, geometry in zip(self.phases, self.geometries, strict=True):
             if self.fine_geometry.overlaps and phase.patch((1, 1)):
                 raise ValueError(f"model.stride_f and model.stride_t: phase {phase.name} has a patch of its own; "
                                  "patches that overlap need one for all")
             if geometry.num_tokens < 2:
                 raise ValueError(f"phase {phase.name}: a clip of {self.audio.clip_seconds:g} s is a single token")
+            if isinstance(self.objective, ViewsOptions) and self.objective.seen(geometry).num_tokens < 2:
+                raise ValueError(f"phase {phase.name}: a view of {self.objective.seconds:g} s is a single token")
         return self
 
     @property
@@ -142,7 +153,9 @@ class RunOptions(Recipe):
         shape = phase.mask_shape or self.mask.shape or self.objective.mask_shape
         count = self.objective.num_masks
         ratio = phase.mask_ratio or self.mask.ratio
-        return Masking(shape, ratio, self.mask.size, count, self.mask.seconds) if count else None
+        o = self.objective
+        views = (o.shapes, o.seconds) if isinstance(o, ViewsOptions) else ((), None)
+        return Masking(shape, ratio, self.mask.size, count, self.mask.seconds, *views) if count else None
 
     def costs(self, phase: PhaseOptions, geometry: Geometry, num_classes: int) -> tuple[cost.Part, ...]:
         """Of one clip in one step of a phase, were it in `geometry`."""

@@ -36,6 +36,9 @@ def validate(objective: Objective, options: RunOptions, runner: Runner) -> dict[
             result |= metrics.score(scores, runner.corpus.manifest.labels(found))
         elif objective.comparable_loss:
             result |= _masked_loss(objective, options, runner, held_out)
+        if options.objective.num_masks:
+            features = runner.run(lambda batch: objective.embed(batch, options.evaluation.readout), held_out).values
+            result |= {"rank": metrics.effective_rank(features), "uniformity": metrics.uniformity(features)}
     if options.objective.num_masks and runner.corpus.num_classes > 1:
         result |= _knn(objective, options, runner)
     return {f"val/{name}": value for name, value in result.items()}
@@ -65,12 +68,13 @@ def _knn(objective: Objective, options: RunOptions, runner: Runner) -> dict[str,
     folds = {clips[i].fold for i in labelled}
     if not labelled or not (held_out or (len(folds) > 1 and None not in folds)):
         return {}
-    rows, index = runner.run(objective.embed, [*labelled, *held_out], per_clip=1).by_clip()
+    wanted = [*labelled, *held_out]
+    rows, index = runner.run(lambda batch: objective.embed(batch, o.readout), wanted, per_clip=1).by_clip()
     labels = runner.corpus.manifest.labels(index)
     if held_out:
         groups = [torch.isin(index, torch.tensor(held_out))]
     else:
         groups = [torch.tensor([clips[i].fold == fold for i in index.tolist()]) for fold in sorted(folds)]  # type: ignore[type-var]
     scores = [metrics.knn_scores(rows[group], rows[~group], labels[~group], o.knn) for group in groups]
-    wanted = torch.cat([labels[group] for group in groups])
-    return {f"knn_{name}": value for name, value in metrics.score(torch.cat(scores), wanted).items()}
+    found = metrics.score(torch.cat(scores), torch.cat([labels[group] for group in groups]))
+    return {f"knn_{name}": value for name, value in found.items()}

@@ -144,3 +144,23 @@ def test_exactly_one_length(given_lengths: set[str]) -> None:
 def test_impossible_phases_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         PhaseOptions(**{"name": "a", "steps": 1, **wrong})
+
+
+@pytest.mark.parametrize("schedule", ["trunk", "run_cosine"])
+@given(phases=runs, floor=st.floats(0, 1))
+def test_one_schedule_over_the_run_takes_no_notice_of_switches(
+    schedule: Literal["trunk", "run_cosine"], phases: list[PhaseOptions], floor: float
+) -> None:
+    """Of equal peaks, and but for the warm-up of the first phase, the rate is a function of the FLOPs alone."""
+    cold = {"lr": 1e-3, "min_lr_ratio": floor, "warmup_steps": None, "warmup_epochs": None}
+    run = phase_list([phase.model_copy(update=cold) for phase in phases])
+    rates, spent = [], []
+    for step in range(run.steps + 1):
+        phase, t, _ = run.lookup(step)
+        spent.append(run.spent(step))
+        rates.append(learning_rate(phase, t, schedule, spent[-1]))
+    assert spent[0] == 0 and spent[-1] == 1 and all(b > a for a, b in pairwise(spent))
+    assert rates[0] == pytest.approx(1e-3) and rates[-1] == pytest.approx(floor * 1e-3)
+    for share, rate in zip(spent, rates, strict=True):
+        left = 1 - math.sqrt(max(share - 0.8, 0) / 0.2) if schedule == "trunk" else (1 + math.cos(math.pi * share)) / 2
+        assert rate == pytest.approx(1e-3 * (floor + (1 - floor) * left))

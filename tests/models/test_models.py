@@ -178,14 +178,20 @@ def test_the_decoder_puts_each_token_in_its_place() -> None:
 
 @given(st.sampled_from(get_args(Readout)), st.integers(1, 6))
 def test_padding_has_no_share_in_a_readout(kind: Readout, real: int) -> None:
-    tokens = torch.randn(2, 7, 5)
-    valid = torch.arange(6).expand(2, -1) < real
-    found = read_out(tokens, valid, kind, 1)
-    torch.testing.assert_close(found, read_out(tokens[:, : 1 + real], None, kind, 1))
+    """Tokens of three rows and six columns, of which the first are real."""
+    prefix, grid = torch.randn(2, 1, 5), torch.randn(2, 3, 6, 5)
+    valid = (torch.arange(6) < real).repeat(2, 3)
+    found = read_out(torch.cat([prefix, grid.flatten(1, 2)], 1), valid, kind, 1, (1, 3))
+    there = grid[:, :, :real]
+    alone = torch.cat([prefix, there.flatten(1, 2)], 1)
+    torch.testing.assert_close(found, read_out(alone, None, kind, 1, (1, 3)), rtol=1e-4, atol=1e-5)
+    rows, tokens = there.mean(2).flatten(1), there.flatten(1, 2)
     expected = {
-        "class_token": tokens[:, 0],
-        "mean": tokens[:, 1 : 1 + real].mean(1),
-        "mean_std": torch.cat([tokens[:, 1 : 1 + real].mean(1), tokens[:, 1 : 1 + real].std(1, correction=0)], 1),
+        "class_token": prefix[:, 0],
+        "mean": tokens.mean(1),
+        "mean_std": torch.cat([tokens.mean(1), tokens.std(1, correction=0)], 1),
+        "bands": rows,
+        "bands_std": torch.cat([rows, there.std(2, correction=0).flatten(1)], 1),
     }[kind]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -196,4 +202,4 @@ def test_a_head_starts_without_an_opinion(kind: HeadKind) -> None:
     logits = head(torch.randn(50, 7, 16), None)
     assert logits.shape == (50, 3) and logits.abs().max() < 1
     own = {name for name, _ in head.named_parameters()}
-    assert ("norm.weight" in own) == (kind in ("mean_pool", "ast"))
+    assert ("norm.weight" in own) == (kind in ("mean_pool", "bands", "ast"))

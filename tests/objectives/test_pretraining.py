@@ -27,8 +27,10 @@ SMALL = {
     "ssast": "objective={name: ssast, passes: two}",
     "latent": "objective={name: latent, views: 2, decay: [0.5, 0.9], decoder_width: 8, decoder_depth: 1,"
               " decoder_groups: 2}",
+    "views": "objective={name: views, seconds: 0.4, decoder_width: 8, decoder_heads: 2}",
     "supervised": "objective={name: supervised}",
 }
+VIEWS = ("augment={time_stretch: [0.7, 1.4], gain_db: 6, mix_prob: 1.0}", "train.max_batch_per_device=8")
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,10 @@ SMALL = {
 )
 @pytest.mark.parametrize("name", SMALL)
 def test_interrupted_equals_straight(name: str, compression: str, sounds: Path, tmp_path: Path) -> None:
-    o = run_options(sounds, SMALL[name], f"compression={compression}", "model.positions=learned", "mask.size=[1,2]")
+    more = VIEWS if name == "views" else ()
+    o = run_options(
+        sounds, SMALL[name], f"compression={compression}", "model.positions=learned", "mask.size=[1,2]", *more
+    )
     whole, parts = go(o, tmp_path / "whole"), tmp_path / "parts"
     assert to_the_end_in_steps(o, parts) == 3
     assert weights(whole) == weights(parts) and len(weights(whole)) == 9
@@ -67,7 +72,7 @@ def debug_options(name: str, root: Path, *overrides: str) -> RunOptions:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("name", ["mae", "ssast", "latent", "supervised"])
+@pytest.mark.parametrize("name", ["mae", "ssast", "latent", "views", "supervised"])
 def test_debug_configs_run_three_phases(name: str, compression: str, sounds: Path, tmp_path: Path) -> None:
     o = debug_options(name, sounds, f"compression={compression}")
     lines = records(go(o, tmp_path))

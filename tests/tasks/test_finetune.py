@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_runs import before
 from launcher import CONFIG, launch
 from torch import Tensor
 
 from ssl_c2f.core import options
 from ssl_c2f.core.options import UserError
+from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.manifest import scan
+from ssl_c2f.data.runner import Runner
+from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.tasks.finetune import FinetuneOptions, checkpoint_defaults, finetune
+from ssl_c2f.tasks.probe import ProbeOptions, choose_strength, linear_scores, standardise
 from ssl_c2f.train.weights import load_weights
 
 
@@ -62,6 +67,31 @@ def test_a_fold_learns_from_the_others_and_is_scored_on_its_own(
         scored = sorted(row["path"] for row in csv.DictReader(lines))
     assert scored == sorted(clip.path for clip in clips if clip.fold in (2, 4))
     assert len(carried) > 10 and all(carried.values())
+
+
+@pytest.mark.parametrize("head", ["bands", "mean_pool"])
+def test_a_head_may_start_as_the_linear_probe(head: str, autoencoder: Path, tones: Path, tmp_path: Path) -> None:
+    """It then says of the recordings held out what a regression on the same features of the others says."""
+    o = tuning(
+        autoencoder, tones, tmp_path, folds=[2], start="probe", optim={"lr": 1e-12},
+        objective={"name": "supervised", "head": head},
+    )
+    finetune(autoencoder, o)
+    tuned = load_weights(tmp_path / "fold-2")
+    model = tuned.objective(o.fine_geometry)
+    assert isinstance(model, Supervised)
+    corpus = Corpus.open(o.data.model_copy(update={"val_folds": (2,)}), 0, None)
+    runner = Runner(corpus, InputStatistics(corpus, tuned.statistics).front_end(o.fine_geometry), 4)
+    x, found = runner.run(model.head_features, corpus.training).by_clip()
+    labels = corpus.manifest.labels(found)
+    folds = torch.tensor([corpus.manifest.clips[i].fold or 0 for i in found.tolist()])
+    strength, _ = choose_strength(x, labels, folds, ProbeOptions(), True)
+    queries, _ = runner.run(model.head_features, corpus.held_out).by_clip()
+    a, b = standardise(x, queries)
+    expected = linear_scores(a, labels, b, [strength], True)[0]
+    scores, _ = runner.run(model.scores, corpus.held_out).by_clip()
+    torch.testing.assert_close(scores, expected, rtol=1e-2, atol=1e-3)
+    assert scores.std(0).max() > 1e-3
 
 
 def test_from_scratch_is_without_the_checkpoints_weights(autoencoder: Path, tones: Path, tmp_path: Path) -> None:

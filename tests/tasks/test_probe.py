@@ -104,10 +104,10 @@ def test_the_strength_that_generalises_is_chosen() -> None:
         both = ProbeOptions(strengths=order)
         useless = torch.randn(60, 300, generator=generator)
         useful = 4 * labels[:, 1:] + 0.1 * torch.randn(60, 1, generator=generator)
-        assert probe.choose_strength(useless, labels, folds, both, True) == 1e-6
-        assert probe.choose_strength(useful, labels, folds, both, True) == 1.0
+        assert probe.choose_strength(useless, labels, folds, both, True)[0] == 1e-6
+        assert probe.choose_strength(useful, labels, folds, both, True)[0] == 1.0
         equal = torch.eye(2)[torch.arange(60) % 2]  # where both are right, the stronger regularisation
-        assert probe.choose_strength(equal * 9, equal, torch.arange(60) // 2 % 5 + 1, both, True) == 1e-6
+        assert probe.choose_strength(equal * 9, equal, torch.arange(60) // 2 % 5 + 1, both, True)[0] == 1e-6
 
 
 def test_standardise_survives_constant_features() -> None:
@@ -121,7 +121,7 @@ def test_log_mel_statistics_ignore_padding(frames: list[int]) -> None:
     spec = torch.randn(len(frames), 6, 3, generator=torch.Generator().manual_seed(0))
     none = torch.zeros(1)
     batch = Batch(spec, torch.tensor(frames), none, none, none, geometry=None, short=True)  # type: ignore[arg-type]
-    for row, clip, n in zip(probe.log_mel_statistics(batch), spec, frames, strict=True):
+    for row, clip, n in zip(probe.log_mel_statistics(batch)["mean+std"], spec, frames, strict=True):
         want = torch.cat([clip[:n].mean(0), clip[:n].std(0, correction=0)])
         torch.testing.assert_close(row, want, atol=1e-6, rtol=1e-5)
 
@@ -130,15 +130,24 @@ def test_probe_of_a_checkpoint(autoencoder: Path, tones: Path, capsys: pytest.Ca
     result = probe.probe(autoencoder, of(ProbeOptions, tones, strengths=[0.01, 1.0]))
     assert json.loads((autoencoder / "probe" / "tones" / "probe.json").read_text()) == result
     names = [(row["features"], row["readout"]) for row in result["rows"]]
-    assert names == [(n, r) for n in ("checkpoint", "random encoder", "log-mel") for r in ("mean", "mean+std")]
+    plain = ("mean", "mean+std", probe.CHOSEN)
+    kinds = ("mean", "mean+std", "bands", "bands+std", probe.CHOSEN)
+    encoders = ("checkpoint", "random encoder")
+    assert names == [*((n, r) for n in encoders for r in kinds), *(("log-mel", r) for r in plain)]
     for row in result["rows"]:
+        if row["readout"] == probe.CHOSEN:  # on the training folds alone
+            of_fold = {r["readout"]: r["folds"] for r in result["rows"] if r["features"] == row["features"]}
+            for fold, values in row["folds"].items():
+                chosen = of_fold[values["readout"]][fold]
+                assert values["linear"] == chosen["linear"]
+                assert chosen["inner"] == max(f[fold]["inner"] for r, f in of_fold.items() if r != probe.CHOSEN)
         folds = [row["folds"][str(i)]["linear"] for i in range(1, 6)]
         assert row["linear"]["mean"] == pytest.approx(sum(folds) / 5)
         assert row["linear"]["std"] == pytest.approx(np.std(folds, ddof=1))
     assert "own 5 folds (15 recordings)" in capsys.readouterr().out
     bare = of(ProbeOptions, tones, strengths=[1.0], baseline=False, random=False)
     again = probe.probe(autoencoder, bare)["rows"]
-    assert [row["knn"] for row in again] == [row["knn"] for row in result["rows"][:2]]
+    assert [row["knn"] for row in again[:4]] == [row["knn"] for row in result["rows"][:4]]
 
 
 def test_probe_makes_folds_where_there_are_none(autoencoder: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def torchrun(o: RunOptions, run: Path) -> list[list[str]]:
     config = run.with_suffix(".yaml")
     config.write_text(options.dump(o))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([*command, config, run], env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(Path(f"{run}-{rank}.json").read_text()) for rank in range(2)]
@@ -81,11 +81,14 @@ def test_two_processes_repeat_each_other_and_stay_with_one(sounds: Path, tmp_pat
     [
         "{name: ssast, passes: two}",
         "{name: latent, views: 2, decay: [0.5, 0.9], decoder_width: 8, decoder_depth: 1, decoder_groups: 2}",
+        "{name: views, seconds: 0.4, decoder_width: 8, decoder_heads: 2}",
+        "{name: views, seconds: 0.4, contrast: vicreg, reconstruction: 0}",
     ],
-    ids=["ssast", "latent"],
+    ids=["ssast", "latent", "views", "views vicreg"],
 )
 def test_other_objectives_do_the_same_on_two(objective: str, sounds: Path, tmp_path: Path) -> None:
-    o = run_options(sounds, *OPTIONS, f"objective={objective}", "evaluation.every=0")
+    of_views = ("augment={gain_db: 6, mix_prob: 1.0}", "train.max_batch_per_device=8") if "views," in objective else ()
+    o = run_options(sounds, *OPTIONS, f"objective={objective}", "evaluation.every=0", *of_views)
     torchrun(o, tmp_path / "two")
     run_and_hash(o, tmp_path / "one")
     models = [checkpoint.load(checkpoints(tmp_path / name)[-1]).model for name in ("one", "two")]

@@ -214,9 +214,9 @@ def test_validation_is_at_full_resolution_and_changes_nothing(compression: str, 
     with watch(ViT) as seen:
         go(on, tmp_path / "on")
     tokens = [shape[1] for training, shape in seen if not training]
-    half, whole = 1 + 20, 1 + 40  # of the fine tokens, for the loss and for the probe
-    assert [n for n in tokens if n in (half, whole)] == [half, whole] * 6
-    assert len(tokens) == 2 * 6 + 3  # the rest are the pictures at the end of each phase
+    half, whole = 1 + 20, 1 + 40  # of the fine tokens, for the loss, and for the rank of features and the probe
+    assert [n for n in tokens if n in (half, whole)] == [half, whole, whole] * 6
+    assert len(tokens) == 3 * 6 + 3  # the rest are the pictures at the end of each phase
     assert len({shape[1] for training, shape in seen if training}) == 3
     assert weights(tmp_path / "on") == weights(go(off, tmp_path / "off"))
     scores = [record for record in records(tmp_path / "on") if "val/loss" in record]
