@@ -225,4 +225,4 @@ def test_training_needs_labels(
     for file in list(sounds.rglob("*.wav"))[:3]:
         (unlabelled / file.name).write_bytes(file.read_bytes())
     words = ["train", tiny_config, "objective={name: supervised}", f"data.root={unlabelled}"]
-    assert "have no label" in error([*words, f"run_dir={tmp_path / 'run'}"], capsys)
+    assert "no recording has a label" in error([*words, f"run_dir={tmp_path / 'run'}"], capsys)

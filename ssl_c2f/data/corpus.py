@@ -10,17 +10,10 @@ from pathlib import Path
 from ssl_c2f.core.files import append_line, read_jsonl
 from ssl_c2f.core.options import UserError
 from ssl_c2f.curriculum.geometry import Geometry
-from ssl_c2f.data.dataset import (
-    DataOptions,
-    Source,
-    Windows,
-    clips_per_epoch,
-    fill_cache,
-    open_manifest,
-    split,
-)
+from ssl_c2f.data.dataset import Source, Windows, clips_per_epoch, fill_cache
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest, look_like_labels
+from ssl_c2f.data.recordings import DataOptions, open_manifest, split
 
 
 @dataclass

@@ -14,7 +14,8 @@ from ssl_c2f.core import options as option_files
 from ssl_c2f.core.files import read_json
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.run_folder import RunFolder
-from ssl_c2f.data.dataset import clips_per_epoch, open_manifest, split
+from ssl_c2f.data.dataset import clips_per_epoch
+from ssl_c2f.data.recordings import open_manifest, split
 from ssl_c2f.launch.jobs import FOLDER, Job
 from ssl_c2f.launch.schedule import Stages, Task
 from ssl_c2f.tasks import config

@@ -12,9 +12,10 @@ from ssl_c2f.core.progress import Count, table
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries
 from ssl_c2f.data import public
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import DataOptions, amount, open_manifest
+from ssl_c2f.data.dataset import amount
 from ssl_c2f.data.decode import AudioError, read_audio
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
+from ssl_c2f.data.recordings import DataOptions, open_manifest
 from ssl_c2f.data.shards import write_shards
 from ssl_c2f.data.statistics import InputStatistics
 

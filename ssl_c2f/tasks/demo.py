@@ -19,7 +19,7 @@ from ssl_c2f.core.progress import table
 from ssl_c2f.curriculum.geometry import AudioOptions
 from ssl_c2f.curriculum.phases import PhaseOptions
 from ssl_c2f.data.augment import AugmentOptions
-from ssl_c2f.data.dataset import DataOptions
+from ssl_c2f.data.recordings import DataOptions
 from ssl_c2f.data.synthetic import CLASSES, write_dataset
 from ssl_c2f.models.vit import ViTOptions
 from ssl_c2f.objectives.mae import MAEOptions

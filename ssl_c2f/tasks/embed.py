@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ssl_c2f.core.files import write_bytes, write_csv
 from ssl_c2f.core.options import UserError
-from ssl_c2f.data.dataset import open_manifest
+from ssl_c2f.data.recordings import open_manifest
 from ssl_c2f.models.heads import Layer, Readout
 from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights
 

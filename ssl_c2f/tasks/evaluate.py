@@ -25,8 +25,8 @@ from torch import Tensor
 from ssl_c2f.core.files import read_json, write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.data.dataset import DataOptions, hold_out, open_manifest, split
 from ssl_c2f.data.manifest import Manifest, fingerprint
+from ssl_c2f.data.recordings import DataOptions, hold_out, open_manifest, split
 from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.tasks.inference import RecordingOptions, open_inference, open_weights, results_of
 from ssl_c2f.train import metrics, publish

@@ -17,9 +17,9 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import hold_out, split
 from ssl_c2f.data.front_end import FrontEnd
 from ssl_c2f.data.manifest import Manifest
+from ssl_c2f.data.recordings import hold_out, split
 from ssl_c2f.data.runner import Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.data.tables import TEST

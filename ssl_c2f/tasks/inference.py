@@ -18,9 +18,9 @@ from ssl_c2f.core import distributed
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.progress import Count
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.front_end import Batch
 from ssl_c2f.data.manifest import Manifest
+from ssl_c2f.data.recordings import DataOptions
 from ssl_c2f.data.runner import Rows, Runner
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective

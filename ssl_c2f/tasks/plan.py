@@ -17,9 +17,10 @@ from ssl_c2f.core.signals import Stop
 from ssl_c2f.curriculum.cost import step_flops
 from ssl_c2f.curriculum.phases import Phase
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import amount, clips_per_epoch, open_manifest, split
+from ssl_c2f.data.dataset import amount, clips_per_epoch
 from ssl_c2f.data.front_end import FrontEnd, Statistics
 from ssl_c2f.data.manifest import Manifest
+from ssl_c2f.data.recordings import open_manifest, split
 from ssl_c2f.data.sampler import micro_batches
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.train.loop import train_step

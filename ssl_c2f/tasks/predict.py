@@ -14,8 +14,8 @@ from pydantic import Field
 from ssl_c2f.core.files import write_csv, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import table
-from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.manifest import Clip, Manifest, audio_in, checked, listed_in
+from ssl_c2f.data.recordings import DataOptions
 from ssl_c2f.tasks.evaluate import predicted
 from ssl_c2f.tasks.inference import Inference, InferenceOptions, open_inference, open_weights
 

@@ -21,8 +21,8 @@ from ssl_c2f.core import draws
 from ssl_c2f.core.files import write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import Count, table
-from ssl_c2f.data.dataset import open_manifest
 from ssl_c2f.data.front_end import Batch
+from ssl_c2f.data.recordings import open_manifest
 from ssl_c2f.models.heads import Layer, Readout
 from ssl_c2f.objectives import Objective
 from ssl_c2f.tasks.evaluate import finite, shown

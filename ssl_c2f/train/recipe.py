@@ -12,8 +12,8 @@ from ssl_c2f.curriculum import cost
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries
 from ssl_c2f.curriculum.phases import Curriculum, Masking, Phase, PhaseOptions, make_phase
 from ssl_c2f.data.augment import AugmentOptions
-from ssl_c2f.data.dataset import DataOptions
 from ssl_c2f.data.masks import MaskOptions
+from ssl_c2f.data.recordings import DataOptions
 from ssl_c2f.models.backbones import ModelOptions
 from ssl_c2f.models.heads import Readout
 from ssl_c2f.models.htsat import HTSATOptions

@@ -11,7 +11,7 @@ import soundfile
 
 from ssl_c2f.curriculum.geometry import AudioOptions, Geometry, make_geometry
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import DataOptions
+from ssl_c2f.data.recordings import DataOptions
 
 RATE = 8000
 AUDIO = AudioOptions(sample_rate=RATE, num_mels=16, clip_seconds=0.5)

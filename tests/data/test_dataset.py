@@ -23,7 +23,6 @@ from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, mak
 from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.corpus import BadFiles, Corpus
 from ssl_c2f.data.dataset import (
-    DataOptions,
     Item,
     Source,
     TrainingClips,
@@ -32,13 +31,12 @@ from ssl_c2f.data.dataset import (
     fill_cache,
     in_batches,
     make_loader,
-    open_manifest,
     segments_of,
-    split,
 )
 from ssl_c2f.data.decode import AudioError
 from ssl_c2f.data.front_end import FrontEnd, Items, Statistics
 from ssl_c2f.data.manifest import Clip, Manifest
+from ssl_c2f.data.recordings import DataOptions, open_manifest, split
 from ssl_c2f.data.statistics import InputStatistics
 
 RATE = 8000

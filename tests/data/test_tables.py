@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.corpus import Corpus
-from ssl_c2f.data.dataset import DataOptions, balanced_weights, hold_out, open_manifest, split
 from ssl_c2f.data.manifest import Clip, Manifest, look_like_labels, read_manifest, scan, write_manifest
+from ssl_c2f.data.recordings import DataOptions, balanced_weights, hold_out, open_manifest, split
 from ssl_c2f.data.sampler import clip_at
 from ssl_c2f.data.tables import NAMES, TEST, TRAIN, VALIDATION, Row, read_table
 
