@@ -29,7 +29,7 @@ from ssl_c2f.tasks.probe import ProbeOptions, print_probe, probe
 from ssl_c2f.track.wandb_run import TrackingOptions
 from ssl_c2f.train import engine
 from ssl_c2f.train.optim import OptimOptions
-from ssl_c2f.train.recipe import EvaluationOptions, RunOptions, TrainOptions
+from ssl_c2f.train.recipe import EvaluationOptions, LoopOptions, RunOptions
 
 SECONDS = 2.0  # of a clip
 UNLABELLED, LABELLED = 50, 25  # clips of each class
@@ -77,7 +77,7 @@ def pretrain_options(folder: Path, epochs: Sequence[float] = EPOCHS) -> RunOptio
             PhaseOptions(name=n, epochs=e, time_factor=c, batch_size=32, warmup_epochs=min(1.0, e / 4), mask_ratio=0.7)
             for n, e, c in zip(names, epochs, factors, strict=True)
         ),
-        evaluation=EvaluationOptions(every=10.0, mask_draws=2, batch_size=60), train=TrainOptions(log_every=5),
+        evaluation=EvaluationOptions(every=10.0, mask_draws=2, batch_size=60), train=LoopOptions(log_every=5),
         tracking=TrackingOptions(wandb="off"),
     )
 
@@ -93,7 +93,7 @@ def finetune_options(folder: Path, name: str, epochs: float = TUNING_EPOCHS) -> 
             PhaseOptions(name="coarse", epochs=epochs, time_factor=2, batch_size=32, warmup_epochs=epochs / 6),
             PhaseOptions(name="fine", epochs=epochs / 3, time_factor=1, batch_size=32, lr=5e-4),
         ),
-        evaluation=EvaluationOptions(batch_size=60), train=TrainOptions(log_every=5),
+        evaluation=EvaluationOptions(batch_size=60), train=LoopOptions(log_every=5),
         tracking=TrackingOptions(wandb="off"),
     )
 

@@ -26,7 +26,7 @@ from ssl_c2f.track.wandb_run import TrackingOptions
 from ssl_c2f.train.optim import OptimOptions
 
 
-class TrainOptions(Options):
+class LoopOptions(Options):
     """How the loop runs. Of these, only the precision changes what is computed."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -102,7 +102,7 @@ class RunOptions(Recipe):
     optim: OptimOptions = OptimOptions()
     ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights; 0: none is kept")
     phases: tuple[PhaseOptions, ...] = Field(min_length=1)
-    train: TrainOptions = TrainOptions()
+    train: LoopOptions = LoopOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     tracking: TrackingOptions = TrackingOptions()
 
