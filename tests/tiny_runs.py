@@ -53,5 +53,5 @@ def weights(run: Path) -> dict[str, bytes]:
     """Name -> content of all files of each phase's last checkpoint, except the state, which holds a time."""
     return {
         f"{folder.relative_to(run)}/{file.name}": file.read_bytes()
-        for folder in checkpoints(run) for file in sorted(folder.iterdir()) if file.name != "state.json"
+        for folder in checkpoints(run) for file in sorted(folder.iterdir()) if file.suffix != ".json"
     }

@@ -6,6 +6,9 @@ checkpoints/
     ema.safetensors        their moving average, where one is kept
     state.json             what the caller needs to resume
     optimizer.pt           read back with weights_only=True
+    checksums.json         CRC-32 of each of them: a disk that returns other bits is noticed (earlier versions had none)
+  damaged-step-00000100/   one that could not be read any more when the run went on; diverged-...: of a run that had
+                           diverged. Never read, for people to look at
   .tmp-step-00000456/      a save or a removal that was interrupted: never read, removed by the next save
 """
 
@@ -19,6 +22,7 @@ import os
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,10 @@ from torch import Tensor
 
 from ssl_c2f.core.files import one_line, write_through
 from ssl_c2f.core.options import UserError
-from ssl_c2f.core.run_folder import checkpoints_in
+from ssl_c2f.core.run_folder import checkpoints_in, newest_in
+
+CHECKSUMS = "checksums.json"
+_OPTIMIZER = "optimizer.pt"
 
 
 @dataclass(frozen=True)
@@ -87,23 +94,77 @@ def save(
     return target
 
 
-def load(path: Path) -> Checkpoint:
-    """Read the checkpoint folder `path`.
+def load(path: Path, *, training: bool = True) -> Checkpoint:
+    """Read the checkpoint folder `path`; without `training` the optimiser's state is not looked at.
 
     Raises:
         UserError: a file is missing or damaged.
     """
-    ema, optimizer = path / "ema.safetensors", path / "optimizer.pt"
+    _verify(path, training)
+    ema, optimizer = path / "ema.safetensors", path / _OPTIMIZER
     try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path / 'state.json'}: {one_line(error)}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path / 'state.json'} is no checkpoint's state")
     return Checkpoint(
         model=load_tensors(path / "model.safetensors"),
         ema=load_tensors(ema) if ema.exists() else None,
         state=state,
-        optimizer=_load_optimizer(optimizer) if optimizer.exists() else None,
+        optimizer=_load_optimizer(optimizer) if training and optimizer.exists() else None,
     )
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Rename the newest checkpoints that cannot be read, up to one that can; returns a line about each of them.
+
+    Whoever goes on from the one before writes the same steps again: resuming is exact.
+    """
+    lines = []
+    while newest := newest_in(folder):
+        try:
+            load(newest)
+            break
+        except UserError as error:
+            aside = set_aside(newest, "damaged")
+            before = newest_in(folder)
+            goes_on = f"going on from {before.name}" if before else "none is left in this phase"
+            lines.append(f"{error}; set aside as {aside.name}, {goes_on}")
+    return lines
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint to WHY-step-N, which nobody reads; returns that."""
+    aside = path.with_name(f"{why}-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def _verify(path: Path, training: bool) -> None:
+    """Compare the files with their checksums, where there are any. Raises UserError."""
+    if not (path / CHECKSUMS).exists():
+        return
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        files = {name: str(crc) for name, crc in expected.items() if training or name != _OPTIMIZER}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"cannot read {path / CHECKSUMS}: {one_line(error)}") from error
+    for name, crc in files.items():
+        try:
+            found = _crc(path / name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path / name}: {one_line(error)}") from error
+        if found != crc:
+            raise UserError(f"{path / name} is damaged: its checksum is {found}, and was {crc} when it was written")
+
+
+def _crc(file: Path) -> str:
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -168,8 +229,9 @@ def _serialise(
     if optimizer is not None:
         buffer = io.BytesIO()
         torch.save(dict(optimizer), buffer)
-        files["optimizer.pt"] = buffer.getvalue()
-    return files
+        files[_OPTIMIZER] = buffer.getvalue()
+    checksums = {name: f"{zlib.crc32(data):08x}" for name, data in files.items()}
+    return files | {CHECKSUMS: json.dumps(checksums, indent=1).encode()}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl_c2f.core.files import read_json
+from ssl_c2f.core.files import own, read_json, reason
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.provenance import now
 
@@ -30,9 +30,9 @@ def hold(file: Path, refusal: str) -> Iterator[dict[str, Any] | None]:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = own(str(file), os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
+        raise UserError(f"cannot write {file}: {reason(error)}") from error
     try:
         _take(descriptor, file, refusal)
         _held.add(descriptor)

@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("ssl_c2f", "torch", "torchaudio", "timm", "lightly", "numpy")
-_SECRET = re.compile(r"(?i)^[\w.-]*(key|token(?!s)|secret|passw)[\w.-]*$")
-_IN_URL = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+_NAME = r"[\w.-]*(?:key|token(?!s)|secret|passw|pwd|credential|signature|(?<![a-z])auth(?!or))[\w.-]*"
+_SECRET = re.compile(f"(?i)^{_NAME}$")
+_SHOWN = (  # what is hidden wherever it stands in a word, and what is shown in its place
+    (re.compile(r"(://[^/\s:@]*:)[^/\s@]+@"), r"\1***@"),  # https://user:password@host
+    (re.compile(r"(://)[^/\s:@]+@"), r"\1***@"),  # https://token@host
+    # ?token=..., [token=...], {key: ...}
+    (re.compile(rf"""(?i)({_NAME}["']?\s*[=:]\s*["']?)[^\s"'&,;\]}})]+"""), r"\1***"),
+    # what is known by its beginning
+    (re.compile(r"\b(hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA|wandb_v1_)[\w-]{8,}"), r"\1***"),
+)
 
 
 def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -50,9 +58,15 @@ def redact(command: Sequence[str]) -> list[str]:
     for word in command:
         name, equals, _ = word.partition("=")
         secret = bool(_SECRET.match(name))
-        shown.append("***" if hide_next else f"{name}=***" if secret and equals else _IN_URL.sub(r"\1***@", word))
+        shown.append("***" if hide_next else f"{name}=***" if secret and equals else _without_secrets(word))
         hide_next = secret and not equals and word.startswith("-")
     return shown
+
+
+def _without_secrets(word: str) -> str:
+    for pattern, instead in _SHOWN:
+        word = pattern.sub(instead, word)
+    return word
 
 
 def command_line(command: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 
 from ssl_c2f.core import locks
-from ssl_c2f.core.files import write_json, write_text
+from ssl_c2f.core.files import one_line, write_json, write_text
 from ssl_c2f.core.options import UserError, differences
 from ssl_c2f.core.provenance import provenance
 
@@ -75,6 +76,10 @@ class PhaseFolder:
         """The newest complete checkpoint."""
         return newest_in(self.checkpoints)
 
+    def since(self, step: int) -> list[Path]:
+        """The checkpoints of `step` and later."""
+        return [path for path in checkpoints_in(self.checkpoints) if int(path.name.removeprefix("step-")) >= step]
+
     def mark_done(self, step: int, **facts: Any) -> None:
         """Record that the phase has ended, at `step` of the run; `facts` (JSON) are kept with it."""
         write_text(self.done, json.dumps({"step": step, **facts}) + "\n")
@@ -93,6 +98,7 @@ class RunFolder:
     provenance = _Inside("provenance.json")
     plan = _Inside("plan.json")
     recordings = _Inside("recordings.json")
+    diverged = _Inside("diverged.json")  # once the run has: from then on its learning rate may be changed
     metrics = _Inside("metrics.jsonl")
     bad_files = _Inside("bad_files.jsonl")
     jobs = _Inside("jobs.json")
@@ -130,9 +136,13 @@ class RunFolder:
         return PhaseFolder(self.path / "phases" / f"{index}-{name}")
 
     def phases(self) -> list[PhaseFolder]:
-        """The phases that have begun, in order."""
-        found = [path for path in (self.path / "phases").glob("*-*") if path.name.partition("-")[0].isdigit()]
-        return sorted(map(PhaseFolder, found), key=lambda phase: phase.index)
+        """The phases that have begun, in order: of those that the config names, where it can be read. Somebody's copy
+        of a phase is none."""
+        found = [path for path in (self.path / "phases").glob("*-*") if path.name.partition("-")[0].isdecimal()]
+        with contextlib.suppress(OSError, yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
+            names = [phase["name"] for phase in yaml.safe_load(self.config.read_text(encoding="utf-8"))["phases"]]
+            found = [path for path in found if path.name in {f"{i}-{name}" for i, name in enumerate(names)}]
+        return sorted(map(PhaseFolder, filter(Path.is_dir, found)), key=lambda phase: phase.index)
 
     def newest(self) -> Path | None:
         """The newest checkpoint of the last phase that has one."""
@@ -158,7 +168,7 @@ class RunFolder:
         """
         try:
             return len(yaml.safe_load(self.config.read_text())["phases"])
-        except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.config} is not the config of a run: choose another run_dir") from None
 
     def check_config(self, text: str, allowed: Collection[str] = (), before: str | None = None) -> None:
@@ -170,7 +180,10 @@ class RunFolder:
         Raises:
             UserError: naming the first keys that differ.
         """
-        found = differences(yaml.safe_load(before or self.config.read_text()), yaml.safe_load(text))
+        try:
+            found = differences(yaml.safe_load(before or self.config.read_text(encoding="utf-8")), yaml.safe_load(text))
+        except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"cannot read {self.config}: {one_line(error)}") from None
         changed = sorted(
             f"{key} was {old}, now {new}" for key, old, new in found
             if not any(fnmatchcase(key, pattern) for pattern in allowed)

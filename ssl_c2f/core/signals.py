@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: handlers only note them; training stops at the next step boundary."""
+"""Signals that ask a run to stop: noted, and obeyed at the next step boundary, or at once where a run waits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _caught: set[signal.Signals] = set()  # while a Stop is listening
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; it saved a checkpoint first."""
+    """A signal asked the run to stop; what there was to save was saved first."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} at step {step}, which is saved; the same command goes on from there")
+    def __init__(self, signum: int, step: int | None) -> None:
+        """`step` is the one that is saved; None: nothing had to be."""
+        where = "" if step is None else f" at step {step}, which is saved"
+        super().__init__(f"stopped by {signal.Signals(signum).name}{where}; the same command goes on from there")
         self.signum = signum
 
 
@@ -30,6 +31,8 @@ class Stop:
     """Set by a signal handler, read at step boundaries, agreed on by all ranks."""
 
     signum: int = 0
+    _listening: bool = False
+    _patience: float | None = None  # seconds that the work at hand may go on after a signal; None: to its end
 
     def check(self) -> None:
         """Raises Abandoned after a signal."""
@@ -38,25 +41,57 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator[None]:
-        """Catch the signals. A second one of a kind has its normal effect."""
+        """Catch the signals, but for those that this process was told to ignore (as nohup does); a second one of a kind
+        acts as if nobody listened."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in signals}
+        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
         def handle(number: int, frame: object) -> None:
             self.signum = number
             signal.signal(number, before[signal.Signals(number)])
+            self._leave_soon()
 
-        for number in signals:
+        def leave(number: int, frame: object) -> None:
+            if self._patience is not None:
+                raise Abandoned
+
+        alarm = signal.signal(signal.SIGALRM, leave)
+        for number in before:
             signal.signal(number, handle)
-        _caught.update(signals)
+        _caught.update(before)
+        self._listening = True
         try:
             yield
         finally:
-            _caught.difference_update(signals)
+            self._listening = False
+            _caught.difference_update(before)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.signal(signal.SIGALRM, alarm)
+
+    @contextlib.contextmanager
+    def interrupting(self, patience: float = 0.0) -> Iterator[None]:
+        """Leave what is done in here `patience` seconds after a signal, wherever it is: it may wait for ever.
+
+        Raises:
+            Abandoned: that happened.
+        """
+        outer, self._patience = self._patience, patience
+        try:
+            if self.signum and patience:
+                self._leave_soon()
+            yield
+        finally:
+            self._patience = outer
+            if self._listening:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _leave_soon(self) -> None:
+        if self._listening and self._patience is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(self._patience, 1e-3))
 
 
 def _shield() -> None:

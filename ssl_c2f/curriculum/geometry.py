@@ -26,13 +26,13 @@ Count = TypeVar("Count", int, Tensor)
 class AudioOptions(Options):
     """How a recording becomes a log-mel spectrogram at time factor 1."""
 
-    sample_rate: int = Field(16000, ge=1000, le=1_000_000, description="Hz; recordings of other rates are resampled")
+    sample_rate: int = Field(16000, ge=1000, le=768_000, description="Hz; recordings of other rates are resampled")
     clip_seconds: float = Field(10.0, gt=0, le=3600, description="longer recordings are cropped, shorter ones padded")
-    num_mels: int = Field(128, ge=4)
+    num_mels: int = Field(128, ge=4, le=4096)
     f_min: float = Field(20.0, ge=0, description="Hz")
     f_max: float = Field(0.0, ge=0, description="Hz; 0 is the Nyquist frequency")
-    hop_ms: float = Field(10.0, gt=0, description="frame shift")
-    window_ms: float = Field(25.0, gt=0)
+    hop_ms: float = Field(10.0, gt=0, le=10_000, description="frame shift")
+    window_ms: float = Field(25.0, gt=0, le=1000)
     window: Literal["fixed", "grow"] = Field("fixed", description="grow: the window widens with the frame shift")
 
     @model_validator(mode="after")
@@ -167,8 +167,9 @@ class Geometry:
         Column j at time factor C stands at C j + (C - 1) / 2: the mean of the fine columns that it covers. Patches that
         overlap stand closer together.
         """
-        rows = torch.arange(self.grid_f) * (self.stride_f / self.patch_f) + 0.5
-        columns = torch.arange(self.grid_t) * (self.stride_t / self.patch_t) + 0.5
+        cpu = torch.device("cpu")  # also where a network is made without memory, to know its shapes
+        rows = torch.arange(self.grid_f, device=cpu) * (self.stride_f / self.patch_f) + 0.5
+        columns = torch.arange(self.grid_t, device=cpu) * (self.stride_t / self.patch_t) + 0.5
         span = self.patch_t * self.pool * self.hop / self.unit_samples
         return rows * (self.patch_f / self.unit_mels) - 0.5, columns * span - 0.5
 

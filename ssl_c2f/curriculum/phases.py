@@ -30,7 +30,7 @@ class PhaseOptions(Options):
     steps: int | None = Field(None, gt=0)
     samples: int | None = Field(None, gt=0)
     flops: float | None = Field(None, gt=0)
-    time_factor: int = Field(1, ge=1, description="how many times coarser in time than the fine phase")
+    time_factor: int = Field(1, ge=1, le=1024, description="how many times coarser in time than the fine phase")
     batch_size: int = Field(64, ge=1, description="global: over all devices and accumulation steps")
     lr: float | None = Field(None, gt=0)
     min_lr_ratio: float | None = Field(None, ge=0, le=1, description="where the cosine ends, as a fraction of lr")

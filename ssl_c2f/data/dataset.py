@@ -5,10 +5,10 @@ Legend: B batch, S samples, T frames, F mel bins, C classes.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_c2f.core import draws
+from ssl_c2f.core.files import one_line
 from ssl_c2f.core.options import UserError
+from ssl_c2f.core.threads import in_threads
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.augment import AugmentOptions, mixup_share
 from ssl_c2f.data.decode import AudioError, Place, read_audio, resampled_length
@@ -160,14 +162,14 @@ def fill_cache(
 
     cache: dict[int, Tensor] = {}
     damaged: dict[int, AudioError] = {}
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
-        for done, (clip, spec) in enumerate(zip(clips, pool.map(compute, clips), strict=True), 1):
-            if isinstance(spec, AudioError):
-                damaged[clip] = spec
-            else:
-                cache[clip] = spec
-            if progress:
-                progress(done, len(clips))
+    computed = in_threads(compute, clips, min(os.cpu_count() or 1, _THREADS))
+    for done, (clip, spec) in enumerate(zip(clips, computed, strict=True), 1):
+        if isinstance(spec, AudioError):
+            damaged[clip] = spec
+        else:
+            cache[clip] = spec
+        if progress:
+            progress(done, len(clips))
     return Source(source.manifest, g, cache, damaged)
 
 
@@ -299,16 +301,51 @@ def collate(items: Sequence[Item | tuple[str, str]] | UserError) -> Items | BadI
     )
 
 
-def make_loader(dataset: Dataset[Any], batches: Iterable[Any], workers: int) -> DataLoader[Items]:
-    """A loader that leaves the global generator alone (torch's own draws its workers' seed from it).
+def make_loader(dataset: Dataset[Any], batches: Iterable[Any], workers: int) -> Iterator[Items | BadItems | UserError]:
+    """The collated batches. The global generator is left alone (torch's own loader draws its workers' seed from it).
 
     Workers are forked where that is possible: they start at once, and `run` and `signals` look after them at the fork.
+
+    Raises:
+        UserError: a worker cannot be started, or died.
     """
     context = "fork" if workers and sys.platform == "linux" else None
-    return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(), multiprocessing_context=context,
+    loader: DataLoader[Items] = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=_collate_to_share if workers else collate, num_workers=workers,
+        generator=torch.Generator(), pin_memory=torch.cuda.is_available(), multiprocessing_context=context,
     )
+    running: Any = None
+    try:
+        if workers:  # where locks cannot be made, torch's loader fails half-made, and noisily
+            multiprocessing.get_context(context).Lock()
+        running = iter(loader)
+        yield from running
+    except (OSError, RuntimeError) as error:
+        if not workers or not (isinstance(error, OSError) or "DataLoader worker" in str(error)):
+            raise
+        raise UserError(f"loader processes do not work here ({one_line(error)}): {_WITHOUT}") from None
+    finally:  # one that waits for a disk would be waited for
+        for worker in getattr(running, "_workers", ()):
+            worker.terminate()
+
+
+_WITHOUT = "data.workers=0 does without them; they need shared memory (/dev/shm)"
+
+
+def _collate_to_share(items: Sequence[Item | tuple[str, str]] | UserError) -> Items | BadItems | UserError:
+    """In a worker: what is sent to the main process lies in shared memory. Where that is full, torch's own way of
+    putting it there fails in a thread that nobody hears, and the main process would wait for ever."""
+    batch = collate(items)
+    try:
+        part = batch if isinstance(batch, Items) else None
+        while part is not None:
+            for value in vars(part).values():
+                if isinstance(value, Tensor) and value.numel():
+                    value.share_memory_()  # type: ignore[no-untyped-call]
+            part = part.partner
+    except (OSError, RuntimeError) as error:
+        return UserError(f"a batch does not fit into shared memory ({one_line(error)[:120]}): {_WITHOUT}")
+    return batch
 
 
 def spread(clips: Sequence[int], most: int) -> Sequence[int]:

@@ -8,18 +8,24 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from soundfile import SoundFile, SoundFileError
 from torch import Tensor
 from torchaudio.transforms import Resample
+
+from ssl_c2f.core.threads import sign_of_life, within
+
+T = TypeVar("T")
 
 # Lossy decoders need what came before: MP3 borrows bits from earlier frames, Vorbis and Opus overlap theirs.
 _WARM_UP = 2**14
@@ -27,6 +33,15 @@ _WARM_UP = 2**14
 # what its packets hold. A page has at most 255 packets of at most 4096 samples.
 _LAST_OGG_PAGE = 2**20
 # An Ogg header holds no length: only libsndfile's log tells that the end is missing, or stops within the last page.
+# What a header says is believed only where the file can hold it: no codec here packs more samples into a byte (FLAC: 14
+# bytes for 65,535 equal ones), and no allocation follows a header's word.
+_MOST_PER_BYTE = 5000
+_PATIENCE = 120.0  # seconds that a disk may take for a block
+_BLOCK = 2**20  # samples of all channels that are decoded at a time
+RATES = (1000, 768_000)  # Hz that are audio; far below and beyond, the resampling filter is all there is
+MOST_CHANNELS = 64
+_MOST_TAPS = 6 * 1280**2  # of a resampling filter: 40 MB
+_LOUDEST = 2.0**31  # full scale of samples that were written as whole numbers; log-mel values of fp32 end at 1e16
 _TRUNCATED_OGG = ("Last page lacks an end-of-stream bit", "Junk after the last page")
 
 
@@ -65,13 +80,31 @@ class Header(NamedTuple):
 
 
 def read_header(place: Place) -> Header:
-    """Length, rate and channels of a file without decoding it.
+    """Length, rate and channels of a file, without decoding it if its header says a length that can be.
 
     Raises:
-        AudioError: not there, not audio, truncated as far as its header shows, or without samples.
+        AudioError: not there, not audio, truncated as far as its header shows, without samples, or of a rate or a
+            number of channels that no recording has.
     """
-    with _open(place) as file:
-        return Header(file.frames, file.samplerate, file.channels)
+    def read() -> Header:
+        with _open(place) as (file, length):
+            if length is None:
+                length = sum(map(len, _blocks(file, None)))
+            if not length:
+                raise AudioError(place, "no samples")
+            return Header(length, file.samplerate, file.channels)
+
+    return _answered(place, read)
+
+
+def can_be(place: Place, said: Header) -> bool:
+    """Whether a file can be what somebody says of it, without opening it. Raises AudioError: it is not there."""
+    try:
+        found = os.stat(place.shard if isinstance(place, Member) else place)
+    except (OSError, ValueError):
+        raise AudioError(place, "no such file") from None
+    possible = 0 < said.num_samples <= _MOST_PER_BYTE * _size(place, found)
+    return possible and RATES[0] <= said.sample_rate <= RATES[1] and 0 < said.channels <= MOST_CHANNELS
 
 
 def read_audio(place: Place, sample_rate: int, start: int = 0, num: int | None = None) -> Tensor:
@@ -84,22 +117,43 @@ def read_audio(place: Place, sample_rate: int, start: int = 0, num: int | None =
     other truncated file is an error.
 
     Raises:
-        AudioError: as `read_header`; also damaged, NaN or infinite samples, or nothing left at `start`.
+        AudioError: as `read_header`; also damaged, samples that are NaN, infinite or far too large, or nothing left at
+            `start`.
     """
-    with _open(place) as file:
-        down, up = _ratio(file.samplerate, sample_rate)
-        if start >= resampled_length(file.frames, file.samplerate, sample_rate):
-            raise AudioError(place, f"ends before sample {start}")
-        # Cut at multiples of `down`, where input and output samples coincide, with room for the resampling filter.
-        margin = math.ceil(8 * max(1.0, down / up) / down)
-        first = max(0, start // up - margin)
-        end = file.frames if num is None else (math.ceil((start + num) / up) + margin) * down
-        waveform = _decode(file, first * down, min(end, file.frames))
+    def read() -> tuple[Tensor, int, int, int]:
+        with _open(place) as (file, length):
+            down, up = _ratio(file.samplerate, sample_rate)
+            # Cut at multiples of `down`, where input and output samples coincide, with room for the resampling filter.
+            margin = math.ceil(8 * max(1.0, down / up) / down)
+            first = max(0, start // up - margin)
+            end = None if num is None else (math.ceil((start + num) / up) + margin) * down
+            if length is not None:
+                end = length if end is None else min(end, length)
+            if end is not None and first * down >= end:
+                raise AudioError(place, f"ends before sample {start}")
+            return _decode(file, first * down, end, length), down, up, start - first * up
+
+    waveform, down, up, skip = _answered(place, read)
+    if not len(waveform):  # the end of a file that did not say where it is
+        raise AudioError(place, f"ends before sample {start}")
     if not waveform.isfinite().all():
         raise AudioError(place, "NaN or infinite samples")
+    if waveform.abs().max() > _LOUDEST:
+        raise AudioError(place, f"samples as large as {waveform.abs().max():.3g}")
     if down != up:
         waveform = _resampler(down, up)(waveform)
-    return waveform[start - first * up :][:num]
+    waveform = waveform[skip:][:num]
+    if not len(waveform):
+        raise AudioError(place, f"ends before sample {start}")
+    return waveform
+
+
+def _answered(place: Place, read: Callable[[], T]) -> T:
+    """What `read` returns or raises. A disk that does not answer costs a file, and keeps nobody from ending."""
+    try:
+        return within(_PATIENCE, read)
+    except TimeoutError:
+        raise AudioError(place, f"no answer from the disk within {_PATIENCE:g} s") from None
 
 
 def resampled_length(num_samples: int, rate: int, sample_rate: int) -> int:
@@ -108,31 +162,72 @@ def resampled_length(num_samples: int, rate: int, sample_rate: int) -> int:
     return -(-num_samples * up // down)
 
 
+class _Stream(SoundFile):  # type: ignore[misc]
+    """SoundFile that reads on without asking where it is. After each block it would go to the place where it is
+    already, which libsndfile cannot do at the end of a FLAC file of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextmanager
-def _open(place: Place) -> Iterator[SoundFile]:
-    """A file with samples in it; whatever the decoder raises inside becomes an AudioError."""
-    try:
-        with ExitStack() as opened:
-            # as bytes: names that are not UTF-8 are refused otherwise
-            where = opened.enter_context(_Window(place)) if isinstance(place, Member) else os.fsencode(place)
-            file = opened.enter_context(SoundFile(where))
+def _open(place: Place) -> Iterator[tuple[_Stream, int | None]]:
+    """A file, and how many samples it says to have: None where it does not say, or cannot have so many.
+
+    Whatever the decoder raises inside becomes an AudioError.
+    """
+    with ExitStack() as opened:
+        # By a descriptor: the name need not be UTF-8, and SoundFile opens one file at a time, so none may block there.
+        descriptor = _descriptor(place)
+        opened.callback(os.close, descriptor)
+        size = _size(place, os.fstat(descriptor))
+        try:
+            where = _Window(descriptor, place) if isinstance(place, Member) else descriptor
+            file = opened.enter_context(_Stream(where, closefd=False))
             if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
                 raise AudioError(place, "truncated")
-            if not file.frames:
-                raise AudioError(place, "no samples")
-            yield file
-    except EOFError:
-        raise AudioError(place, "truncated") from None
-    except (SoundFileError, OSError):
-        there = Path(place.shard if isinstance(place, Member) else place).is_file()
-        raise AudioError(place, "damaged, or not audio" if there else "no such file") from None
+            if not RATES[0] <= file.samplerate <= RATES[1]:
+                raise AudioError(place, f"a sample rate of {file.samplerate} Hz")
+            if file.channels > MOST_CHANNELS:
+                raise AudioError(place, f"{file.channels} channels")
+            if file.frames <= 0:
+                raise AudioError(place, "no samples" if size < 2 * _WARM_UP else "no samples, as its header says")
+            yield file, file.frames if file.frames <= _MOST_PER_BYTE * size else None
+        except EOFError:
+            raise AudioError(place, "truncated") from None
+        except (SoundFileError, OSError):
+            raise AudioError(place, "damaged, or not audio") from None
+
+
+def _descriptor(place: Place) -> int:
+    try:
+        # without O_NONBLOCK a named pipe would wait for somebody to write to it
+        descriptor = os.open(place.shard if isinstance(place, Member) else place, os.O_RDONLY | os.O_NONBLOCK)
+    except PermissionError:
+        raise AudioError(place, "permission denied") from None
+    except (OSError, ValueError):  # ValueError: no name that a file can have
+        raise AudioError(place, "no such file") from None
+    with suppress(OSError):  # the disk answers, before anybody waits for this one with a lock
+        os.pread(descriptor, 1, 0)
+    return descriptor
+
+
+def _size(place: Place, found: os.stat_result) -> int:
+    """Bytes of the recording. Raises AudioError: this is no file, or ends within the recording."""
+    if not stat.S_ISREG(found.st_mode):
+        raise AudioError(place, "not a file")
+    if not isinstance(place, Member):
+        return found.st_size
+    if place.offset + place.size > found.st_size:
+        raise AudioError(place, "truncated")
+    return place.size
 
 
 class _Window(io.RawIOBase):
     """A member of a shard as a file of its own, which libsndfile reads and seeks in."""
 
-    def __init__(self, member: Member) -> None:
-        self._file, self._first, self._size, self._at = member.shard.open("rb"), member.offset, member.size, 0
+    def __init__(self, descriptor: int, member: Member) -> None:
+        self._file, self._first, self._size, self._at = descriptor, member.offset, member.size, 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
@@ -142,28 +237,40 @@ class _Window(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._file.seek(self._first + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(self._size - self._at, 0)])
+        wanted = memoryview(buffer)[: max(self._size - self._at, 0)]
+        count = os.preadv(self._file, [wanted], self._first + self._at) if len(wanted) else 0
         self._at += count
         return count
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
-
-def _decode(file: SoundFile, start: int, end: int) -> Tensor:
-    """Samples start to end at the file's own rate, channels averaged: (end - start,)."""
+def _decode(file: _Stream, start: int, end: int | None, length: int | None) -> Tensor:
+    """Samples start to end at the file's own rate, channels averaged: (end - start,); fewer only where `length` is
+    not known, and the file ends."""
     origin = start - _WARM_UP
     if file.format == "OGG":
-        origin = min(origin, file.frames - _LAST_OGG_PAGE)
-    origin = max(0, origin)
+        origin = min(origin, (length or 0) - _LAST_OGG_PAGE)
+    origin = at = max(0, origin)
     if origin:
         file.seek(origin)
-    samples = file.read(end - origin, dtype="float32", always_2d=True)
-    if len(samples) < end - origin:
+    parts = []
+    for block in _blocks(file, None if end is None else end - origin):
+        parts.append(torch.from_numpy(block[max(start - at, 0) :].mean(axis=1)))
+        at += len(block)
+    if length is not None and end is not None and at < end:
         raise EOFError
-    return torch.from_numpy(samples[start - origin :].mean(axis=1))
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _blocks(file: _Stream, num: int | None) -> Iterator[np.ndarray]:
+    """The next `num` samples (None: all) in blocks of (n, channels), until the file ends."""
+    left = math.inf if num is None else num
+    while left > 0:
+        block = file.read(int(min(_BLOCK // file.channels, left)), dtype="float32", always_2d=True)
+        if not len(block):
+            return
+        yield block
+        sign_of_life()
+        left -= len(block)
 
 
 def _ratio(rate: int, sample_rate: int) -> tuple[int, int]:
@@ -171,7 +278,8 @@ def _ratio(rate: int, sample_rate: int) -> tuple[int, int]:
 
     The filter bank has about up x down taps: odd pairs (44,101 Hz to 16 kHz) take a fraction within 0.04 % of theirs.
     """
-    return Fraction(rate, sample_rate).limit_denominator(1280).as_integer_ratio()  # exact for all common pairs
+    most = min(1280, math.isqrt(_MOST_TAPS * sample_rate // rate))
+    return Fraction(rate, sample_rate).limit_denominator(max(most, 1)).as_integer_ratio()  # exact for all common pairs
 
 
 @lru_cache(maxsize=32)

@@ -77,6 +77,12 @@ class Statistics:
     std: float
     factor: float = 1.0
 
+    def check(self) -> None:
+        """Raises ValueError: no log-mel values have these."""
+        if not (abs(self.mean) < 1000 and 1e-6 < self.std < 1000 and 1e-3 < self.factor < 1000):
+            values = f"mean {self.mean:g}, std {self.std:g} and factor {self.factor:g}"
+            raise ValueError(f"{values} are no input's statistics")
+
 
 class FrontEnd(nn.Module):
     """Filterbank, compression, normalisation, augmentation and masks of one geometry."""

@@ -12,10 +12,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Literal
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
-from ssl_c2f.data.decode import AudioError, Header, Member, read_header
+from ssl_c2f.core.threads import in_threads
+from ssl_c2f.data.decode import AudioError, Header, Member, can_be, read_header
 from ssl_c2f.data.tables import TEST, TRAIN, VALIDATION, Table, read_table
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
@@ -227,7 +228,7 @@ def write_manifest(manifest: Manifest, file: Path) -> None:
     if file.suffix != ".csv":
         raise UserError(f"{file}: a manifest ends in .csv or .jsonl")
     if odd := [name for name in manifest.classes if ";" in name or name != name.strip()]:
-        raise UserError(f"{file}: label {odd[0]!r} does not fit into CSV; write .jsonl")
+        raise UserError(f"{file}: label {brief(odd[0])} does not fit into CSV; write .jsonl")
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -268,19 +269,18 @@ def checked(root: Path, listed: Sequence[Clip], progress: Progress | None = None
     def check(clip: Clip) -> Header | AudioError:
         try:
             place = clip.place(root)
-            file = place.shard if isinstance(place, Member) else place
-            known = clip.num_samples and clip.sample_rate and clip.channels and file.is_file()
-            return Header(clip.num_samples, clip.sample_rate, clip.channels) if known else read_header(place)
+            known = Header(clip.num_samples, clip.sample_rate, clip.channels)
+            return known if can_be(place, known) else read_header(place)
         except AudioError as error:
             return error
 
     files = {(clip.shard, clip.offset, clip.path): clip for clip in listed}  # one row of each: a header is read once
     headers: dict[tuple[str | None, int, str], Header | AudioError] = {}
-    with ThreadPoolExecutor(16) as pool:
-        for done, (key, header) in enumerate(zip(files, pool.map(check, files.values()), strict=True), 1):
-            headers[key] = header
-            if progress:
-                progress(done, len(files))
+    found = in_threads(check, list(files.values()), 16)
+    for done, (key, header) in enumerate(zip(files, found, strict=True), 1):
+        headers[key] = header
+        if progress:
+            progress(done, len(files))
     clips, bad = list[Clip](), set[tuple[str, str]]()
     for clip in listed:
         header = headers[clip.shard, clip.offset, clip.path]

@@ -60,7 +60,12 @@ class Runner:
         nothing = torch.zeros(0, dtype=torch.int64)
         parts, done = [(nothing.float(), nothing, nothing)], 0
         for batch in self._batches(windows):
-            parts.append((read(batch).float().cpu(), batch.index.cpu(), batch.num_frames.cpu()))
+            values = read(batch).float().cpu()
+            if not values.isfinite().all():
+                odd = int(batch.index.cpu()[~values.flatten(1).isfinite().all(1)][0])
+                raise UserError(f"the network gives NaN or infinite values, first for "
+                                f"{self.corpus.manifest.clips[odd].path}: its weights have diverged, or are damaged")
+            parts.append((values, batch.index.cpu(), batch.num_frames.cpu()))
             done += len(batch.index)
             if progress:
                 progress(done, len(windows))
@@ -88,6 +93,8 @@ class Runner:
     def _batches(self, windows: Windows, masking: Masking | None = None, draw: int = 0) -> Iterator[Batch]:
         workers = self.corpus.workers(self.front_end.geometry)
         for items in make_loader(windows, in_batches(len(windows), self.batch_size), workers):
+            if isinstance(items, UserError):
+                raise UserError(str(items))
             if not isinstance(items, Items):  # nothing of the batch could be read
                 self.corpus.bad.add(items)
                 continue

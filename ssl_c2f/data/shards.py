@@ -11,8 +11,9 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from ssl_c2f.core.files import new_folder
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
 
@@ -34,17 +35,20 @@ def write_shards(
         raise UserError(f"{folder}: holds shards already; choose another --out")
     if inside := [clip for clip in manifest.clips if clip.shard]:
         raise UserError(f"{inside[0].shard}: these recordings are in shards already")
+    for path in map(PurePosixPath, (clip.path for clip in manifest.clips)):
+        if path.is_absolute() or ".." in path.parts:  # tar would put it elsewhere when it is unpacked
+            raise UserError(f"{path} is not below {manifest.root}: give data.root, and paths relative to it")
     packed: list[Clip] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as new:
         for index, clips in enumerate(_groups(manifest, gigabytes * 1e9)):
-            packed += _write_shard(folder / f"shard-{index:05}.tar", manifest.root, clips)
+            try:
+                packed += _write_shard(new / f"shard-{index:05}.tar", manifest.root, clips)
+            except OSError as error:
+                raise UserError(f"{error.filename or folder}: {error.strerror}") from None
             if progress:
                 progress(len(packed), len(manifest.clips))
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
-    result = Manifest(folder, tuple(packed), manifest.classes, manifest.bad)
-    write_manifest(result, folder / "manifest.jsonl")  # last: shards without it are no shards
+        result = Manifest(folder, tuple(packed), manifest.classes, manifest.bad)
+        write_manifest(result, new / "manifest.jsonl")
     return result
 
 
@@ -64,20 +68,15 @@ def _groups(manifest: Manifest, most: float) -> Iterator[list[Clip]]:
 
 
 def _write_shard(file: Path, root: Path, clips: Sequence[Clip]) -> list[Clip]:
-    """Written under a temporary name and renamed, so that a shard is whole or not there."""
-    temporary = file.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, dereference=True) as tar:
-                for path in dict.fromkeys(clip.path for clip in clips):
-                    tar.add(root / path, path, filter=_anonymous)
-            stream.flush()
-            os.fsync(stream.fileno())
-        with tarfile.open(temporary) as tar:
-            members = {member.name: member for member in tar}
-        temporary.rename(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    paths = list(dict.fromkeys(clip.path for clip in clips))  # of which several clips may be stretches
+    with file.open("wb") as stream:
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, dereference=True) as tar:
+            for path in paths:
+                tar.add(root / path, path, filter=_anonymous)
+        stream.flush()
+        os.fsync(stream.fileno())
+    with tarfile.open(file) as tar:
+        members = dict(zip(paths, tar, strict=True))
     return [
         replace(clip, shard=file.name, offset=members[clip.path].offset_data, size=members[clip.path].size)
         for clip in clips

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
 from ssl_c2f.core import draws
-from ssl_c2f.core.files import write_json
+from ssl_c2f.core.files import read_json, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.curriculum.geometry import Geometry
@@ -35,12 +35,10 @@ class InputStatistics:
             return self.given[digest]
         if digest not in self._found:
             file = self.run.statistics(digest) if self.run else None
-            if file and file.exists():
-                self._found[digest] = Statistics(**json.loads(file.read_text()))
-            else:
-                self._found[digest] = self._measure(geometry)
-                if file:
-                    write_json(file, asdict(self._found[digest]))
+            kept = _kept(file) if file else None
+            self._found[digest] = kept or self._measure(geometry)
+            if file and not kept:
+                write_json(file, asdict(self._found[digest]))
         return self._found[digest]
 
     def front_end(self, geometry: Geometry) -> FrontEnd:
@@ -62,3 +60,13 @@ class InputStatistics:
         if not count or not std > 1e-3:  # rounding leaves a little of nothing
             raise UserError(f"no sound in {corpus.manifest.root}: the spectrograms of its clips are all alike")
         return Statistics(float(mean), float(std), self.factor)
+
+
+def _kept(file: Path) -> Statistics | None:
+    """What a file holds; None if it is not there or damaged, and then they are measured."""
+    try:
+        kept = Statistics(**read_json(file))
+        kept.check()
+        return kept
+    except (TypeError, ValueError):
+        return None

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, TextIO
 
 from ssl_c2f.core.options import UserError
@@ -32,6 +33,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     "group": ("group",),
 }
 _OURS = ("num_samples", "sample_rate", "channels", "shard", "offset", "size")  # what `write_manifest` adds
+_LONGEST = 4096  # characters of a path or a label
 _ENDINGS = (".csv", ".tsv", ".jsonl")
 _WRONG = re.compile(r"[|]|,(?! )")  # of separators; class names such as "Speech, male" hold a comma and a space
 
@@ -138,16 +140,21 @@ def _row(cells: Mapping[str, Any], used: Mapping[str, str], separator: str, lite
     path = of["path"]
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"no {used['path']}")
+    labels, shard = _labels(of.get("labels") or cells.get("label"), separator), of.get("shard") or None  # JSON: either
+    if not isinstance(shard, str | None):
+        raise ValueError(f"shard {brief(shard)} is not text")
+    for name, text in (("path", path), *(("label", label) for label in labels), ("shard", shard or "")):
+        _check_name(name, text)
     start, end = _seconds(used, of, "start") or 0.0, _seconds(used, of, "end")
     if end is not None and end <= start:
         raise ValueError(f"end {end:g} is not after start {start:g}")
     return Row(
         path=path if literally else posixpath.normpath(path.strip().replace("\\", "/")),
-        labels=_labels(of.get("labels") or cells.get("label"), separator),  # JSON may have one or the other
+        labels=labels,
         fold=_fold(of), start=start, end=end, group=str(of.get("group") or "") or None,
         num_samples=_whole("num_samples", of.get("num_samples")) or 0,
         sample_rate=_whole("sample_rate", of.get("sample_rate")) or 0,
-        channels=_whole("channels", of.get("channels")) or 0, shard=of.get("shard") or None,
+        channels=_whole("channels", of.get("channels")) or 0, shard=shard,
         offset=_whole("offset", of.get("offset")) or 0, size=_whole("size", of.get("size")) or 0,
     )
 
@@ -159,8 +166,18 @@ def _labels(value: object, separator: str) -> tuple[str, ...]:
         return tuple(name.strip() for name in value.split(separator) if name.strip())
     names = [value] if isinstance(value, int) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str | int) for name in names):
-        raise ValueError(f"labels {value!r} are not text")
+        raise ValueError(f"labels {brief(value)} are not text")
     return tuple(map(str, names))
+
+
+def _check_name(key: str, text: str) -> None:
+    """Raises ValueError: longer than a name is, or what no file can hold."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"{key} {brief(text)} has {len(text)} characters, more than {_LONGEST}")
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError(f"{key} {brief(text)} is no text") from None
 
 
 def _fold(of: Mapping[str, Any]) -> int | None:
@@ -170,7 +187,7 @@ def _fold(of: Mapping[str, Any]) -> int | None:
     if name is None or name == "":
         return None
     if str(name).strip().lower() not in SPLITS:
-        raise ValueError(f"split {name!r} is none of train, val (valid, dev) and test (eval)")
+        raise ValueError(f"split {brief(name)} is none of train, val (valid, dev) and test (eval)")
     return SPLITS[str(name).strip().lower()]
 
 
@@ -183,16 +200,19 @@ def _seconds(used: Mapping[str, str], of: Mapping[str, Any], use: str) -> float 
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{used[use]} {value!r} is not a number of seconds")
+        raise ValueError(f"{used[use]} {brief(value)} is not a number of seconds")
     return seconds
 
 
 def _whole(name: str, value: object) -> int | None:
     if value is None or value == "":
         return None
-    if not re.fullmatch(r"\s*\d{1,18}(\.0+)?\s*", str(value), re.ASCII):
-        raise ValueError(f"{name} {repr(value)[:80]} is not a whole number")
-    return int(float(str(value))) if "." in str(value) else int(str(value))
+    text = "" if isinstance(value, dict | list) else str(value).strip().removesuffix(".0")  # spreadsheets: 1.0
+    if not text.isdecimal():
+        raise ValueError(f"{name} {brief(value)} is not a whole number")
+    if len(text) > 19 or int(text) >= 2**63:  # what a file can be long, and a tensor can hold
+        raise ValueError(f"{name} {brief(value)} is too large")
+    return int(text)
 
 
 def _ask_about_separators(file: Path, rows: Any) -> None:
@@ -239,7 +259,7 @@ def _json_rows(lines: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: not JSON ({error})") from None
         if row is not None and not isinstance(row, dict):
             raise ValueError(f"line {number}: not a JSON object")

@@ -34,6 +34,7 @@ class Resources:
 
     nodes: int = 1
     ngpus: int = 1  # of each node, with a process for each; 0: a process on each node's CPU
+    gpu_type: str = ""  # as the cluster calls it; any, if it is empty
     cpus_per_task: int = 8
     mem: str | None = None
     timeout: int = 24 * 60  # minutes
@@ -43,6 +44,7 @@ class Resources:
     setup: tuple[str, ...] = ()
     srun_args: tuple[str, ...] = ()
     plain: Mapping[str, str] = field(default_factory=dict)  # partition, account, ...: passed on as they are
+    more: Mapping[str, str | bool] = field(default_factory=dict)  # other options of sbatch
 
     @property
     def tasks_per_node(self) -> int:
@@ -62,11 +64,13 @@ class Resources:
         parameters: dict[str, Any] = {
             "job_name": name, "nodes": self.nodes, "ntasks_per_node": self.tasks_per_node,
             "cpus_per_task": self.cpus_per_task, "time": self.timeout, "signal_delay_s": self.grace,
-            "gpus_per_node": self.ngpus or None, "mem": self.mem, "dependency": dependency,
+            "gpus_per_node": f"{self.gpu_type}:{self.ngpus}".lstrip(":") if self.ngpus else None,
+            "mem": self.mem, "dependency": dependency,
             "setup": list(self.setup) or None, "srun_args": [cpus, "--kill-on-bad-exit=1", *self.srun_args],
-            "additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True}, **self.plain,
+            "additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True, **self.more}, **self.plain,
         }
-        return {key: value for key, value in parameters.items() if value is not None}
+        # submitit gives jobs a wckey of its own, which a cluster that checks them refuses
+        return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
 
     def command(self) -> str:
         return f"{_PATIENT} {self.python or shlex.quote(sys.executable)}"

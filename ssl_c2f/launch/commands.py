@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -27,6 +28,12 @@ from ssl_c2f.launch.jobs import COMMAND, FOLDER, events_of
 from ssl_c2f.launch.schedule import Batch, Schedule, Task
 
 _POLL_SECONDS = 2.0
+
+_NOT_MORE = frozenset(name.replace("_", "-") for name in cluster.PLAIN) | {
+    "array", "cpus-per-task", "dependency", "error", "gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nodes",
+    "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "test-only",
+    "time", "wait", "wrap",
+}
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -88,10 +95,27 @@ def _resources(arguments: argparse.Namespace) -> Resources:
         raise UserError(f"--grace {arguments.grace} seconds leave nothing of --timeout {arguments.timeout} minutes")
     _split("--python", arguments.python or "")
     given = {field.name: getattr(arguments, field.name) for field in fields(Resources) if field.name in arguments}
+    gpu_type, _, ngpus = arguments.ngpus.rpartition(":")
+    if not re.fullmatch(r"\d+", ngpus) or not re.fullmatch(r"[\w.-]*", gpu_type):
+        raise UserError(f"--ngpus {arguments.ngpus} should be a number, or TYPE:NUMBER such as a100:2")
     return Resources(**{
-        **given, "setup": tuple(arguments.setup), "srun_args": _split("--srun-args", arguments.srun_args),
+        **given, "ngpus": int(ngpus), "gpu_type": gpu_type, "more": _sbatch_options(arguments.sbatch),
+        "setup": tuple(arguments.setup), "srun_args": _split("--srun-args", arguments.srun_args),
         "plain": {name: value for name in cluster.PLAIN if (value := getattr(arguments, name))},
     })
+
+
+def _sbatch_options(words: Sequence[str]) -> dict[str, str | bool]:
+    """Options of sbatch that have no flag here; one without a value is a switch."""
+    options: dict[str, str | bool] = {}
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or "\n" in value:
+            raise UserError(f"--sbatch {word} should be KEY=VALUE as sbatch has it, such as reservation=friday")
+        if name in _NOT_MORE:
+            raise UserError(f"--sbatch {word}: {name} has a flag of its own, or is what a launch lives by")
+        options[name] = value if equals else True
+    return options
 
 
 def _split(flag: str, text: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class HTSATOptions(Options):
     widths: tuple[int, ...] = Field((96, 192, 384, 768), min_length=1, max_length=6)
     depths: tuple[int, ...] = Field((2, 2, 6, 2), min_length=1, max_length=6)
     heads: tuple[int, ...] = Field((4, 8, 16, 32), min_length=1, max_length=6)
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
     patch_f: int = Field(4, ge=1, description="mel bins")
     patch_t: int = Field(4, ge=1, description="frames at time factor 1")
     window: int = Field(8, ge=1, description="tokens on a side that attend to each other; less in smaller grids")
@@ -45,6 +45,8 @@ class HTSATOptions(Options):
         for width, depth, heads in zip(self.widths, self.depths, self.heads, strict=True):
             if min(width, depth, heads) < 1 or width % heads:
                 raise ValueError(f"width {width} is no multiple of heads {heads}, or depth {depth} is less than 1")
+            if width > 16384 or depth > 512:
+                raise ValueError(f"width {width} is above 16384, or depth {depth} above 512")
         if self.folds & (self.folds - 1):
             raise ValueError(f"folds {self.folds} is no power of two")
         return self
@@ -187,7 +189,8 @@ def window_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int
     """
     parts = []
     for side, size, step in zip(grid, window, shift, strict=True):
-        there = (torch.arange(side) + step) % side < step  # after rolling: what comes from the opposite edge
+        # after rolling: what comes from the opposite edge
+        there = (torch.arange(side, device="cpu") + step) % side < step
         parts.append(F.pad(there.long(), (0, -side % size), value=2).view(-1, size))
     rows, columns = parts
     kinds = (3 * rows[:, None, :, None] + columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)

@@ -26,10 +26,10 @@ class ViTOptions(Options):
     """The ViT encoder, and its patch at time factor 1 (phases may set their own)."""
 
     name: Literal["vit"] = "vit"
-    width: int = Field(192, ge=4)
-    depth: int = Field(12, ge=1)
-    heads: int = Field(3, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
+    width: int = Field(192, ge=4, le=16384)
+    depth: int = Field(12, ge=1, le=512)
+    heads: int = Field(3, ge=1, le=1024)
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
     patch_f: int = Field(16, ge=1, description="mel bins")
     patch_t: int = Field(16, ge=1, description="frames at time factor 1")
     stride_f: int | None = Field(None, ge=1, description="mel bins to the next patch; less than patch_f: they overlap")

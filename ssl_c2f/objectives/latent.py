@@ -38,8 +38,8 @@ class LatentOptions(ObjectiveOptions):
     clip_weight: float = Field(1.0, ge=0, description="weight of the clip-level loss")
     decay: tuple[float, float] = Field((0.999, 0.9999), description="the teacher's, at the start and after the ramp")
     decay_ramp: float = Field(0.3, gt=0, le=1, description="fraction of the run over which the decay rises")
-    decoder_width: int = Field(128, ge=4, multiple_of=4)
-    decoder_depth: int = Field(6, ge=1)
+    decoder_width: int = Field(128, ge=4, le=16384, multiple_of=4)
+    decoder_depth: int = Field(6, ge=1, le=512)
     decoder_groups: int = Field(16, ge=1, description="of its convolutions; a divisor of its width")
 
     @field_validator("decay")

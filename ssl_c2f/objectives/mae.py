@@ -29,9 +29,9 @@ class MAEOptions(ObjectiveOptions):
 
     mask_shape: ClassVar[Shape] = "uniform"
     name: Literal["mae"] = "mae"
-    decoder_width: int = Field(128, ge=4, multiple_of=4)
-    decoder_depth: int = Field(2, ge=0)
-    decoder_heads: int = Field(4, ge=1)
+    decoder_width: int = Field(128, ge=4, le=16384, multiple_of=4)
+    decoder_depth: int = Field(2, ge=0, le=512)
+    decoder_heads: int = Field(4, ge=1, le=1024)
     norm_targets: bool = Field(False, description="normalise each target patch by its own mean and std")
 
     @model_validator(mode="after")

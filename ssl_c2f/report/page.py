@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ssl_c2f.core.files import write_text
+from ssl_c2f.core.files import one_line, write_text
 from ssl_c2f.report import sections as s
 from ssl_c2f.report.read import Json, RunData, read_runs
 from ssl_c2f.report.series import AXES, Column, curve, tokens_per_step
@@ -49,22 +49,36 @@ def render(runs: Sequence[RunData]) -> str:
     )
 
 
+_OF_DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+
+
 def _sections(runs: Sequence[RunData], drawn: Mapping[str, Any]) -> list[str]:
-    """In reading order: results, training, and the options and machine behind them."""
+    """In reading order: results, training, and the options and machine behind them.
+
+    What a section reads may be JSON of any shape, if a disk or a person changed a file: then it says so.
+    """
     there = {name for run in drawn["runs"] for name in run["curves"]}
     curves = "".join(figure("curve", *place) for place in CURVES if place[0] in there)
+
+    def section(name: str, title: str, body: Callable[[], str], lead: str = "") -> str:
+        try:
+            return s.section(name, title, body(), lead)
+        except _OF_DAMAGE as error:
+            reason = escape(f"{type(error).__name__}: {one_line(error)}"[:200])
+            return s.section(name, title, f"<p>A file of the run that this is made of is damaged ({reason}).</p>")
+
     return [
-        s.section("overview", "At a glance", s.overview(runs)),
-        s.section("missing", "What is missing", _each(runs, s.missing)),
-        s.section("probes", "Frozen features", _each(runs, s.probe_tables)),
-        s.section("curves", "Training", curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
-        s.section("strip", "What the phases see", _each(runs, s.pictures, fold=True),
-                  "The same clips at the end of every phase: the input, and the patches that masking kept of it."),
-        s.section("finetune", "Fine-tuning", s.finetune_table(runs) + _class_figures(drawn)),
-        s.section("plan", "Plan against actual", _each(runs, s.plan_table)),
-        s.section("transfer", "Weights carried over", _each(runs, s.transfers)),
-        s.section("config", "Options", s.config_section(runs)),
-        s.section("provenance", "Provenance", _each(runs, s.provenance)),
+        section("overview", "At a glance", lambda: s.overview(runs)),
+        section("missing", "What is missing", lambda: _each(runs, s.missing)),
+        section("probes", "Frozen features", lambda: _each(runs, s.probe_tables)),
+        section("curves", "Training", lambda: curves and f"{_switches(runs)}<div class=figures>{curves}</div>"),
+        section("strip", "What the phases see", lambda: _each(runs, s.pictures, fold=True),
+                "The same clips at the end of every phase: the input, and the patches that masking kept of it."),
+        section("finetune", "Fine-tuning", lambda: s.finetune_table(runs) + _class_figures(drawn)),
+        section("plan", "Plan against actual", lambda: _each(runs, s.plan_table)),
+        section("transfer", "Weights carried over", lambda: _each(runs, s.transfers)),
+        section("config", "Options", lambda: s.config_section(runs)),
+        section("provenance", "Provenance", lambda: _each(runs, s.provenance)),
     ]
 
 
@@ -116,9 +130,18 @@ def figures(runs: Sequence[RunData]) -> dict[str, Any]:
     scores = {f"{r.name}/{name}" if len(runs) > 1 else name: scores for r in runs for name, scores in r.scores.items()}
     return {
         "runs": curves, "figures": kinds,
-        "matrices": {name: found for name, each in scores.items() if (found := _matrix(each))},
-        "bars": {name: found for name, each in scores.items() if (found := _bars(each))},
+        "matrices": {name: found for name, each in scores.items() if (found := _drawn(_matrix, each))},
+        "bars": {name: found for name, each in scores.items() if (found := _drawn(_bars, each))},
     }
+
+
+def _drawn(make: Callable[[Json], Json | None], scores: Json) -> Json | None:
+    """A figure's data; none, if the scores are damaged."""
+    try:
+        json.dumps(made := make(scores), allow_nan=False)
+        return made
+    except _OF_DAMAGE:
+        return None
 
 
 def _matrix(scores: Json) -> Json | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_c2f.core import locks
-from ssl_c2f.core.files import read_json, read_jsonl
+from ssl_c2f.core.files import as_dict, as_dicts, read_bytes, read_json, read_jsonl
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.report.series import AXES, Log, is_number, read_log
@@ -120,7 +120,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 def read_run(path: Path, name: str) -> RunData:
     folder = RunFolder(path)
     log, plan = read_log(folder.metrics), read_json(folder.plan)
-    config = folder.config.read_text("utf-8", "replace") if folder.config.exists() else ""
+    config = read_bytes(folder.config).decode("utf-8", "replace")
     return RunData(
         name=name, path=path, log=log, phases=_phases(path, plan, log), plan=plan,
         provenance=read_json(folder.provenance), config=config, lock=locks.state(folder.lock_file),
@@ -136,7 +136,7 @@ def _by_folder(path: Path, pattern: str) -> dict[str, Json]:
 
 def _phases(path: Path, plan: Json, log: Log) -> tuple[PhaseData, ...]:
     """In the order of the plan; phases that it does not name come last."""
-    plans = {str(p["name"]): p for p in plan.get("phases", []) if isinstance(p, dict) and "name" in p}
+    plans = {str(p["name"]): p for p in as_dicts(plan.get("phases")) if "name" in p}
     folders = {folder.name: folder for folder in RunFolder(path).phases()}
     phases: list[PhaseData] = []
     before = dict.fromkeys(COUNTERS, 0.0)
@@ -155,20 +155,17 @@ def _phase(name: str, folder: PhaseFolder, plan: Json, log: Log, before: Mapping
         name=name, folder=folder, done=folder.is_done(), end=end,
         own={key: value - before[key] for key, value in end.items()}, plan=plan,
         transfer=read_json(folder.transfer), pictures=pictures,
-        clips=tuple(_clip(folder.pictures, entry) for entry in pictures.get("clips", [])),
+        clips=tuple(_clip(folder.pictures, entry) for entry in as_dicts(pictures.get("clips"))),
     )
 
 
 def _clip(folder: Path, entry: Json) -> ClipPictures:
     """Only files in the phase's own folder: a run from elsewhere could otherwise show any file of whoever reads it."""
 
-    def data_uri(file: str | None, kind: str) -> str | None:
-        try:
-            content = (folder / Path(file or "").name).read_bytes()
-        except OSError:
-            return None
-        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    def data_uri(file: object, kind: str) -> str | None:
+        content = read_bytes(folder / Path(file).name) if isinstance(file, str) else b""
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}" if content else None
 
-    images = {view: data_uri(file, "image/png") for view, file in entry["pictures"].items()}
+    images = {str(view): data_uri(file, "image/png") for view, file in as_dict(entry.get("pictures")).items()}
     found = {view: image for view, image in images.items() if image}
-    return ClipPictures(entry["clip"], found, data_uri(entry.get("sound"), "audio/mpeg"))
+    return ClipPictures(str(entry.get("clip")), found, data_uri(entry.get("sound"), "audio/mpeg"))

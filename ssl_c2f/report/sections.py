@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 import yaml
 
+from ssl_c2f.core.files import as_dict
 from ssl_c2f.core.options import flatten
 from ssl_c2f.core.provenance import command_line
 from ssl_c2f.report import tables
@@ -167,12 +167,8 @@ def finetune_table(runs: Sequence[RunData]) -> str:
 
 
 def _folds(scores: Json) -> str | None:
-    main, folds = tables.metric(scores), [_dict(fold) for fold in _dict(scores.get("folds")).values()]
+    main, folds = tables.metric(scores), [as_dict(fold) for fold in as_dict(scores.get("folds")).values()]
     return ", ".join(f"{100 * fold[main]:.1f}" for fold in folds if main and tables.metric(fold) == main) or None
-
-
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
 
 
 def probe_tables(run: RunData) -> str:
@@ -192,10 +188,10 @@ def provenance(run: RunData) -> str:
     if not p:
         return ""
     command = command_line([str(word) for word in p.get("command", [])])
-    versions = ", ".join(f"{k} {v}" for k, v in _dict(p.get("versions")).items())
+    versions = ", ".join(f"{k} {v}" for k, v in as_dict(p.get("versions")).items())
     hardware = ", ".join(
         f"{k.replace('_', ' ')}: {', '.join(map(str, v)) or 'none' if isinstance(v, list) else v}"
-        for k, v in _dict(p.get("hardware")).items()
+        for k, v in as_dict(p.get("hardware")).items()
     )
     rows = (("folder", str(run.path)), ("command", command), ("started", p.get("started")),
             ("commit", p.get("commit") or "not a checkout"), ("versions", versions), ("hardware", hardware))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssl_c2f import track
-from ssl_c2f.core.files import read_jsonl
+from ssl_c2f.core.files import read_bytes, read_jsonl
 
 Column = npt.NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def is_number(value: Any) -> bool:
 def read_log(file: Path) -> Log:
     """Read what is readable; a file that is not there is an empty log."""
     records = read_jsonl(file)
-    return Log(records, len(file.read_bytes().splitlines()) - len(records) if file.exists() else 0)
+    return Log(records, len(read_bytes(file).splitlines()) - len(records))
 
 
 def tokens_per_step(log: Log) -> Column:

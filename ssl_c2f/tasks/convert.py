@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ssl_c2f.core import checkpoint
-from ssl_c2f.core.files import write_json, write_text
-from ssl_c2f.core.options import UserError
+from ssl_c2f.core.files import new_folder, write_json, write_text
 from ssl_c2f.train.weights import ImportOptions, import_published
 
 _LINKS = {
@@ -29,14 +28,13 @@ def convert(file: Path, out: Path, options: ImportOptions) -> Path:
     Raises:
         UserError: `out` holds something, or what `import_published` refuses.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: there is something; give a new folder")
-    weights, report = import_published(file, options)
-    for line in weights.notes:
-        print(line)
-    checkpoint.save(out / "checkpoints", 0, {"model": weights.tensors}, weights.to_json(), None, keep=1)
-    write_json(out / "transfer.json", {"from": weights.origin, **report.to_dict()})
-    write_text(out / "NOTICE", notice(weights.source))
+    with new_folder(out) as folder:
+        weights, report = import_published(file, options)
+        for line in weights.notes:
+            print(line)
+        checkpoint.save(folder / "checkpoints", 0, {"model": weights.tensors}, weights.to_json(), None, keep=1)
+        write_json(folder / "transfer.json", {"from": weights.origin, **report.to_dict()})
+        write_text(folder / "NOTICE", notice(weights.source))
     print(out)
     return out
 

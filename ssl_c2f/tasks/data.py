@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssl_c2f.core.options import Options, UserError
 from ssl_c2f.core.progress import Count, table
+from ssl_c2f.core.threads import in_threads
 from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometries
 from ssl_c2f.data import public
 from ssl_c2f.data.corpus import Corpus
@@ -18,6 +18,8 @@ from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
 from ssl_c2f.data.recordings import DataOptions, open_manifest
 from ssl_c2f.data.shards import write_shards
 from ssl_c2f.data.statistics import InputStatistics
+
+_PIECE = 2**24  # samples that are decoded at a time
 
 
 class DataCommandOptions(Options):
@@ -73,14 +75,15 @@ def check(options: DataCommandOptions) -> int:
 
     def problem(clip: Clip) -> tuple[str, str] | None:
         try:
-            read_audio(clip.place(found.root), clip.sample_rate)  # nothing to resample
+            for start in range(0, clip.num_samples, _PIECE):  # nothing to resample, nor to keep
+                read_audio(clip.place(found.root), clip.sample_rate, start, _PIECE)
         except AudioError as error:
             return clip.path, error.reason
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Count("decoding") as count:
+    with Count("decoding") as count:
         bad = list(found.bad)
-        for done, wrong in enumerate(pool.map(problem, found.clips), 1):
+        for done, wrong in enumerate(in_threads(problem, found.clips, os.cpu_count() or 1), 1):
             bad += [wrong] if wrong else []
             count.update(done, len(found.clips))
     for path, reason in bad:

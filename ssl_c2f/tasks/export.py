@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_c2f.core.files import write_bytes, write_json, write_text
+from ssl_c2f.core.files import new_folder, write_bytes, write_json, write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.models.heads import read_out
 from ssl_c2f.models.published import to_hf
@@ -41,20 +41,19 @@ def export(ckpt: Path, format: Format, out: Path) -> Path:
     Raises:
         UserError: `out` holds something, what the format cannot express, or a library that is not installed.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: there is something; give a new folder")
-    weights = open_weights(ckpt)
-    if (name := weights.recipe.model.name) != "vit":
-        raise UserError(f"{weights.origin}: only model vit can be exported, not {name}")
-    match format:
-        case "hf":
-            _to_hf(weights, out)
-        case "onnx":
-            _to_onnx(weights, out)
-        case "safetensors":
-            _to_safetensors(weights, out)
-    if weights.source:
-        write_text(out / "NOTICE", notice(weights.source))
+    with new_folder(out) as folder:
+        weights = open_weights(ckpt)
+        if (name := weights.recipe.model.name) != "vit":
+            raise UserError(f"{weights.origin}: only model vit can be exported, not {name}")
+        match format:
+            case "hf":
+                _to_hf(weights, folder)
+            case "onnx":
+                _to_onnx(weights, folder)
+            case "safetensors":
+                _to_safetensors(weights, folder)
+        if weights.source:
+            write_text(folder / "NOTICE", notice(weights.source))
     print(out)
     return out
 

@@ -16,6 +16,7 @@ from ssl_c2f.core.files import read_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
+from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import FrontEnd
 from ssl_c2f.data.manifest import Manifest
@@ -107,7 +108,11 @@ def with_fitted_head(weights: Weights, options: FinetuneOptions, statistics: Inp
     (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022)."""
     corpus, device = statistics.corpus, distributed.init(options.train.device).device
     classes, single = corpus.manifest.classes, options.objective.labels == "single"
-    model = replace(weights, recipe=options, classes=classes).objective(options.fine_geometry, device)
+    with torch.random.fork_rng([]):
+        model = options.build(options.fine_geometry, len(classes))
+    fitted, _ = transfer(weights.tensors, weights.geometry, model.state_dict(), options.fine_geometry)
+    model.load_state_dict(fitted)
+    model = model.to(device).eval()
     assert isinstance(model, Supervised)
     front_end = statistics.front_end(options.fine_geometry).to(device)
     runner = Runner(corpus, front_end, options.evaluation.batch_size)

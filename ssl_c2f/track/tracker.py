@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ssl_c2f.core.files import read_jsonl
+from ssl_c2f.core.files import own, read_jsonl, reason
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.signals import Interrupted
 from ssl_c2f.track.wandb_run import Call, Identity, TrackingOptions, WandbRun
@@ -49,9 +49,9 @@ class Tracker:
         try:
             identity.folder.mkdir(parents=True, exist_ok=True)
             self.last = cut_back(self.path, resume_step)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
+            self._file = open(self.path, "a", encoding="utf-8", opener=own)  # noqa: SIM115 (closed by finish)
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+            raise UserError(f"cannot write {self.path}: {reason(error)}") from error
         self.wandb = WandbRun(options, identity, self._replay, note)
 
     def __enter__(self) -> Tracker:
@@ -117,22 +117,30 @@ def _as_logged(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_back(file: Path, step: int | None) -> dict[str, Any]:
-    """Cut `file` before its first line that is half-written or of a step after `step`; the last record left, or {}."""
+    """Cut `file` behind its last whole line of `step` or before (None: of any); the last record left, or {}.
+
+    Lines before it that are damaged stay: readers pass over them, and what stands behind them is no less true.
+    """
     last: dict[str, Any] = {}
-    end = 0
+    end = at = 0
     if not file.exists():
         return last
-    with open(file, "rb+") as stream:
+    with open(file, "rb+", opener=own) as stream:
         for line in stream:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or (step is not None and record.get("step", 0) > step):
-                break
-            last, end = record, end + len(line)
+            at += len(line)
+            record = _record(line) if line.endswith(b"\n") else None
+            if record and (step is None or record["step"] <= step):
+                last, end = record, at
         stream.truncate(end)
     return last
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,19 +11,20 @@ from collections.abc import Collection
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
-from ssl_c2f.core import distributed
+from ssl_c2f.core import checkpoint, distributed
 from ssl_c2f.core import options as option_files
 from ssl_c2f.core.files import read_json, write_json, write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
-from ssl_c2f.core.signals import Stop
+from ssl_c2f.core.signals import Abandoned, Interrupted, Stop
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import amount
+from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.data.manifest import fingerprint
 from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives.supervised import SupervisedOptions
+from ssl_c2f.train.checkpoint_state import CheckpointState
 from ssl_c2f.train.loop import train_phase
 from ssl_c2f.train.plan import make_plan
 from ssl_c2f.train.recipe import RunOptions
@@ -39,6 +40,9 @@ MAY_CHANGE = (
     "train.device", "train.max_batch_per_device", "train.compile", "train.rehearse", "train.log_every",
     "train.checkpoint_every", "train.keep", "train.max_nonfinite",
 )
+
+# ... and which others, once the run has diverged
+SLOWER = ("optim.lr", "optim.clip_norm", "phases.*.lr", "phases.*.warmup_epochs", "phases.*.warmup_steps")
 
 
 def open_run(
@@ -62,6 +66,8 @@ def open_run(
     folder, text = RunFolder(path), option_files.dump(options)
     if dist.is_main and folder.config.exists():
         check_options(options, folder)
+        set_aside_damaged(folder)
+    dist.barrier()
     if statistics is None:
         opened = Corpus.open(
             options.data, options.seed, folder.bad_files if dist.is_main else None,
@@ -69,7 +75,8 @@ def open_run(
         )
         if dist.is_main:
             print("".join(f"{note}\n" for note in opened.manifest.notes), end="")
-        statistics = InputStatistics(opened, initial.statistics if initial else {}, folder)
+        given = dict(initial.statistics) if initial else {}
+        statistics = InputStatistics(opened, given | _statistics_so_far(folder), folder)
     corpus = statistics.corpus
     _check_labels(options, corpus)
     clips = corpus.clips_per_epoch(options.fine_geometry)
@@ -96,10 +103,33 @@ def check_options(options: RunOptions, folder: RunFolder) -> None:
     """
     added = (f"phases.{i}.*" for i in range(folder.num_phases(), len(options.phases)))
     before = None
-    with contextlib.suppress(ValidationError):  # options that an earlier version did not have stood at their defaults
-        earlier = yaml.safe_load(folder.config.read_text())
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):  # said by `check_config`
+        earlier = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        # options that an earlier version did not have stood at their defaults
         before = option_files.dump(type(options).model_validate(earlier, strict=False))
-    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *added), before)
+    slower = SLOWER if folder.diverged.exists() else ()
+    folder.check_config(option_files.dump(options), (*MAY_CHANGE, *slower, *added), before)
+
+
+def set_aside_damaged(folder: RunFolder) -> None:
+    """Rename checkpoints that cannot be read any more, from the newest of the run to the first that can: the run is
+    resumed from there, through phases that were done if need be, and ends with the same weights."""
+    for phase in reversed(folder.phases()):
+        lines = checkpoint.set_aside_damaged(phase.checkpoints)
+        print(*lines, sep="\n", end="\n" if lines else "")
+        if lines:
+            phase.done.unlink(missing_ok=True)
+        if phase.newest():
+            return
+
+
+def _statistics_so_far(folder: RunFolder) -> dict[str, Statistics]:
+    """What the run's checkpoints were trained with: a file of statistics may be damaged since then."""
+    found: dict[str, Statistics] = {}
+    for newest in filter(None, (phase.newest() for phase in folder.phases())):
+        with contextlib.suppress(UserError):  # `start` raises it, if this checkpoint is needed
+            found |= CheckpointState.read(read_json(newest / "state.json"), newest).statistics
+    return found
 
 
 def _check_labels(options: RunOptions, corpus: Corpus) -> None:
@@ -132,10 +162,11 @@ def _check_recordings(folder: RunFolder, corpus: Corpus, clips_per_epoch: int) -
         "training": len(corpus.training), "held_out": len(corpus.held_out), "classes": list(corpus.manifest.classes),
         "clips_per_epoch": clips_per_epoch,
     }
-    if not folder.recordings.exists():
+    before = read_json(folder.recordings)
+    if not before:  # missing or damaged
         write_json(folder.recordings, facts)
     # version 0.1 took one clip of each recording in an epoch
-    elif {"clips_per_epoch": (before := read_json(folder.recordings)).get("training")} | before != facts:
+    elif {"clips_per_epoch": before.get("training")} | before != facts:
         raise UserError(
             f"the recordings changed since {folder.path} was begun ({before.get('clips')} clips then, {facts['clips']} "
             "now): use another run_dir"
@@ -157,15 +188,21 @@ def run(
     """
     dist, stop = distributed.init(options.train.device), stop or Stop()
     lock = RunFolder(path).lock() if dist.is_main else contextlib.nullcontext()
-    with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM):
-        job = open_run(options, path, dist, stop, initial, statistics, kind, group)
-        wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
-        todo = dist.broadcast_object([p for p in wanted if not job.phase_folder(p).is_done()])  # all see what one saw
-        if dead:
-            print(f"{path}: process {dead['pid']} on {dead['host']} ended without letting go; going on from there")
-        if options.train.rehearse and todo:  # also those that other jobs will run
-            left = [p for p in job.curriculum.phases if not job.phase_folder(p).is_done()]
-            rehearse(job, dist.broadcast_object(left))
+    with lock as dead, stop.listening(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        try:
+            with stop.interrupting():  # nothing is lost: all of this is done again
+                job = open_run(options, path, dist, stop, initial, statistics, kind, group)
+                wanted = [p for p in job.curriculum.phases if only is None or p.name in only]
+                # all see what one saw
+                todo = dist.broadcast_object([p for p in wanted if not job.phase_folder(p).is_done()])
+                if dead:
+                    gone = f"process {dead['pid']} on {dead['host']} ended without letting go"
+                    print(f"{path}: {gone}; going on from there")
+                if options.train.rehearse and todo:  # also those that other jobs will run
+                    left = [p for p in job.curriculum.phases if not job.phase_folder(p).is_done()]
+                    rehearse(job, dist.broadcast_object(left))
+        except Abandoned:
+            raise Interrupted(stop.signum, None) from None
         for phase in todo:
             train_phase(job, phase)
     return job.folder

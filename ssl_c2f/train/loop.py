@@ -6,12 +6,10 @@ All random numbers are drawn from (seed, clip) or (seed, step), so a checkpoint 
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +20,19 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.progress import Progress
 from ssl_c2f.core.signals import Abandoned, Interrupted, Stop
 from ssl_c2f.curriculum.phases import Phase, learning_rate
-from ssl_c2f.data.dataset import TrainingClips, make_loader
+from ssl_c2f.data.dataset import BadItems, TrainingClips, make_loader
 from ssl_c2f.data.front_end import FrontEnd, Items
 from ssl_c2f.data.sampler import micro_batches, positions
 from ssl_c2f.objectives import StepResult
 from ssl_c2f.track.tracker import Tracker
 from ssl_c2f.train import optim, publish
 from ssl_c2f.train.pictures import save_pictures
-from ssl_c2f.train.state import Run, Training, save, snapshot, start
+from ssl_c2f.train.state import Run, Training, diverged, save, snapshot, start
 from ssl_c2f.train.validate import validate
 
 COLLAPSED = 2.0  # effective rank of held-out features below which there is little to tell clips apart by
+Loader = Iterator[Items | BadItems | UserError]
+_PATIENCE = 1.0  # seconds for which data are still waited for after a signal
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,13 @@ class Step:
     waited: float  # seconds for data
 
 
-def train_step(run: Run, training: Training, loader: Iterator[Items], front_end: FrontEnd) -> Step:
-    """One step of the optimiser on the device's part of the global batch, in micro-batches."""
+def train_step(run: Run, training: Training, loader: Loader, front_end: FrontEnd) -> Step:
+    """One step of the optimiser on the device's part of the global batch, in micro-batches.
+
+    Raises:
+        Interrupted: a signal came while it waited for data.
+        UserError: the run has diverged, or there are no data to go on with.
+    """
     o, objective = run.options, training.objective
     phase, t, u = run.curriculum.lookup(training.step)
     lr = learning_rate(phase, t, o.optim.schedule, run.curriculum.spent(training.step))
@@ -58,7 +63,7 @@ def train_step(run: Run, training: Training, loader: Iterator[Items], front_end:
     waited, results = 0.0, []
     for i, size in enumerate(sizes):
         began = time.perf_counter()
-        items = _next(loader)
+        items = _wait(run, training, loader, untouched=i == 0)
         waited += time.perf_counter() - began
         run.corpus.bad.add(items.bad)
         # Spectrograms and masks are made here, on the device, and never stored: they differ from phase to phase.
@@ -74,34 +79,40 @@ def train_step(run: Run, training: Training, loader: Iterator[Items], front_end:
             (result.loss * fraction).backward()  # type: ignore[no-untyped-call]
         # The figures stay on the device: reading them here would make it wait for every micro-batch.
         results.append(torch.stack([result.loss.detach(), *result.metrics.values()]) * fraction)
+    means = torch.stack(results).sum(0)
     norm = float(nn.utils.clip_grad_norm_(objective.parameters(), o.optim.clip_norm))
-    if math.isfinite(norm):
+    # Both are those of all devices, so all of them take the step or skip it together.
+    if training.judge(float(run.dist.sum(means[:1]) / run.dist.world), norm):
         training.optimizer.step()
         _update_ema(training, o.ema)
         objective.after_step(u)
-    else:  # the norm is that of all devices' gradients, so all of them skip the step together
-        training.skipped += 1
-        if training.skipped > o.train.max_nonfinite:
-            good = _last_checkpoint(run, phase) or "none yet"
-            raise UserError(f"{training.skipped} steps had a non-finite loss; the last good checkpoint is {good}")
+    elif training.skipped > o.train.max_nonfinite:
+        raise diverged(run, training)
     training.optimizer.zero_grad(set_to_none=True)  # freed rather than zeroed: the next forward pass has the memory
     training.step += 1
-    return Step(("loss", *result.metrics), torch.stack(results).sum(0), norm, lr, waited)
+    return Step(("loss", *result.metrics), means, norm, lr, waited)
 
 
-def _last_checkpoint(run: Run, phase: Phase) -> Path | None:
-    """The newest of the phase or of those before it. Skipped steps change no weights, so it holds finite ones."""
-    so_far = reversed(run.curriculum.phases[: phase.index + 1])
-    return next(filter(None, (run.phase_folder(p).newest() for p in so_far)), None)
+def _wait(run: Run, training: Training, loader: Loader, untouched: bool) -> Items:
+    """The next batch. After a signal it is not waited for long: a disk may be gone.
 
+    `untouched`: the step has not run a forward pass yet, which may change buffers. Then the state is saved, unless
+    other processes are in the middle of the step.
 
-def _next(loader: Iterator[Items | UserError]) -> Items:
-    """Raises UserError: what a loader met (see `dataset.TrainingClips`)."""
-    items = next(loader)
+    Raises:
+        Interrupted: a signal came. UserError: an error of the loader (see `dataset.TrainingClips`).
+    """
+    try:
+        with run.stop.interrupting(_PATIENCE):
+            items = next(loader)
+    except Abandoned:
+        step = training.step if untouched and run.dist.world == 1 and save(run, training) else None
+        raise Interrupted(run.stop.signum, step) from None
     if isinstance(items, UserError):
         # A new error: the one at hand would hold this frame and be held by it, and the loader with them, whose workers
         # would then take 10 s to leave.
         raise UserError(str(items))
+    assert isinstance(items, Items)
     return items
 
 
@@ -142,13 +153,24 @@ def train_phase(run: Run, phase: Phase) -> None:
         with tracker or contextlib.nullcontext():
             _train(run, training, tracker, progress)
             if tracker:
-                save_pictures(folder.pictures, training.objective, run.runner(phase.geometry), phase.masking)
+                with _abandoning(run, training.step):
+                    save_pictures(folder.pictures, training.objective, run.runner(phase.geometry), phase.masking)
                 publish.show_phase(tracker, run, phase)
     # Last of all, and only now may the next phase start: a phase that was killed before is gone through again.
     if run.dist.is_main:
         counters = run.curriculum.counters(training.step)
         folder.mark_done(training.step, **counters, train_seconds=training.train_seconds)
     run.dist.barrier()
+
+
+@contextlib.contextmanager
+def _abandoning(run: Run, step: int) -> Iterator[None]:
+    """Stops at a signal what will be done again when the run is resumed from `step`."""
+    try:
+        with run.stop.interrupting():
+            yield
+    except Abandoned:
+        raise Interrupted(run.stop.signum, step) from None
 
 
 def _train(run: Run, training: Training, tracker: Tracker | None, progress: Progress) -> None:
@@ -159,7 +181,7 @@ def _train(run: Run, training: Training, tracker: Tracker | None, progress: Prog
     batches = positions(
         run.curriculum, training.step, phase.last_step, run.dist.rank, run.dist.world, o.train.max_batch_per_device
     )
-    loader = iter(make_loader(clips, batches, corpus.workers(phase.geometry)))
+    loader = make_loader(clips, batches, corpus.workers(phase.geometry))
     all_flops = run.curriculum.counters(run.curriculum.steps)["flops"]
     logged, seconds, waited = training.step, 0.0, 0.0  # since the last line
     if training.step > phase.first_step and _validation_due(run, phase, training.step):  # the run stopped before it
@@ -194,6 +216,8 @@ def _train(run: Run, training: Training, tracker: Tracker | None, progress: Prog
         # for its gradients for ever.
         stopped = run.dist.any_rank(bool(run.stop.signum))
         due = _validation_due(run, phase, training.step)
+        if last and training.unsound_since is not None:
+            raise diverged(run, training)
         if last or stopped or due or training.step % o.train.checkpoint_every == 0:
             save(run, training)
         if stopped and (due or not last):  # at the end of a phase there is nothing left to interrupt
@@ -234,7 +258,8 @@ def _validate(
     if tracker and not tracker.validated(training.step):
         fine = snapshot(run, training).at_full_resolution(run.dist.device)
         try:
-            result = validate(fine, run.options, run.runner(run.options.fine_geometry, stop))
+            with run.stop.interrupting() if stop else contextlib.nullcontext():
+                result = validate(fine, run.options, run.runner(run.options.fine_geometry, stop))
         except Abandoned:
             stopped = True
         else:

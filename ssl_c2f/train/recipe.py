@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ssl_c2f.core.options import Options
 from ssl_c2f.curriculum import cost
-from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries
+from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries, make_geometry
 from ssl_c2f.curriculum.phases import Curriculum, Masking, Phase, PhaseOptions, make_phase
 from ssl_c2f.data.augment import AugmentOptions
 from ssl_c2f.data.masks import MaskOptions
@@ -24,6 +25,8 @@ from ssl_c2f.objectives.supervised import SupervisedOptions
 from ssl_c2f.objectives.views import ViewsOptions
 from ssl_c2f.track.wandb_run import TrackingOptions
 from ssl_c2f.train.optim import OptimOptions
+
+_MOST = 2**20  # tokens of a clip, and values of a patch: more is a slip of the pen
 
 
 class LoopOptions(Options):
@@ -72,7 +75,25 @@ class Recipe(Options):
         if self.fine_geometry.overlaps and name != "supervised":
             raise ValueError("model.stride_f and model.stride_t: patches that overlap show objective "
                              f"{name} what it should predict")
+        g = self.fine_geometry
+        if max(g.num_tokens, g.patch_dim) > _MOST:
+            raise ValueError(f"{g.num_tokens} patches of {g.patch_f}x{g.patch_t} in a clip: none of these may be above "
+                             f"{_MOST}; audio.clip_seconds, audio.hop_ms, model.patch_f and model.patch_t make them")
         return self
+
+    def makes(self, geometry: Geometry) -> bool:
+        """Whether a phase of this recipe can have the geometry; how far the clip is padded depends on other phases."""
+        g, m = geometry, self.model
+        wider = g.time_factor if self.compression == "patch" else 1
+        patch, own = (m.patch_f, m.patch_t), (g.patch_f, g.patch_t // wider)
+        try:
+            again = make_geometry(self.audio, self.compression, own, g.time_factor, unit=patch, fold=m.fold,
+                                  stride=m.stride if own == patch else own)
+        except (ValueError, ArithmeticError):
+            return False
+        columns = (g.num_frames - g.patch_t) // again.stride_t + 1
+        padded = again.num_frames <= g.num_frames <= 64 * again.num_frames
+        return padded and g == replace(again, num_frames=g.num_frames, grid_t=columns)
 
     @property
     def fine_geometry(self) -> Geometry:

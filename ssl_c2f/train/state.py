@@ -6,6 +6,7 @@ the run was given, else from scratch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_c2f.core import checkpoint, distributed, draws
-from ssl_c2f.core.files import write_json
+from ssl_c2f.core.files import one_line, write_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import PhaseFolder, RunFolder
 from ssl_c2f.core.signals import Stop
@@ -28,8 +29,9 @@ from ssl_c2f.data.statistics import InputStatistics
 from ssl_c2f.objectives import Objective
 from ssl_c2f.objectives.supervised import Supervised
 from ssl_c2f.train import optim
+from ssl_c2f.train.checkpoint_state import CheckpointState
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.weights import CheckpointState, Weights
+from ssl_c2f.train.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,40 @@ class Training:
     step: int  # of the run, done so far
     train_seconds: float = 0.0
     skipped: int = 0
+    first_loss: float | None = None  # of the phase
+    unsound_since: int | None = None  # the step from which on its steps were skipped, if the last one was
+
+    @property
+    def highest_loss(self) -> float:
+        """A loss above it has exploded: no objective here starts near 0 and rises to 10, and from where a network knows
+        nothing none rises tenfold and comes back."""
+        return 10 + 10 * abs(self.first_loss or 0.0)
+
+    def judge(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step may change the weights: its loss and gradients are finite, and the loss has not exploded."""
+        if self.first_loss is None and math.isfinite(loss):
+            self.first_loss = loss
+        sound = math.isfinite(grad_norm) and math.isfinite(loss) and loss <= self.highest_loss
+        self.skipped += not sound
+        self.unsound_since = None if sound else self.step if self.unsound_since is None else self.unsound_since
+        return sound
+
+
+def diverged(run: Run, training: Training) -> UserError:
+    """What to say of a run that has diverged. A checkpoint is sound if the step after it was: others are set aside."""
+    phase, since = run.phase_folder(training.phase), training.unsound_since
+    if run.dist.is_main and since is not None:
+        for ruined in phase.since(since):
+            checkpoint.set_aside(ruined, "diverged")
+        write_json(run.folder.diverged, {"phase": training.phase.name, "step": since})
+    before = reversed(run.curriculum.phases[: training.phase.index + 1])
+    good = next(filter(None, (run.phase_folder(p).newest() for p in before)), None)
+    goes_on = f"goes on from {good}" if good else "begins anew: there is no checkpoint of before"
+    return UserError(
+        f"{training.skipped} steps had a loss that is not finite or above {training.highest_loss:.4g} (ten times the "
+        f"phase's first one, and 10), the last of them from step {since} on; with a lower learning rate (optim.lr or "
+        f"phases.{training.phase.index}.lr) the same command {goes_on}"
+    )
 
 
 def build(run: Run, phase: Phase) -> Objective:
@@ -120,7 +156,10 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
             raise UserError(f"phase {phase.name} was begun on another grid of tokens: a phase added since changes it")
         _load(training, saved.model, saved.ema)
         optim.restore_state(training.optimizer, saved.optimizer or {})
+        if saved.optimizer is None:
+            raise UserError(f"{newest} has no optimizer.pt: training cannot go on from it")
         training.step, training.train_seconds, training.skipped = state.step, state.train_seconds, state.skipped
+        training.first_loss = state.first_loss
         note(f"{phase.name}: resumed from {newest}")
     elif phase.index > 0:
         before = run.curriculum.phases[phase.index - 1]
@@ -143,7 +182,10 @@ def start(run: Run, phase: Phase, note: Callable[[str], object]) -> Training:
 
 
 def _load(training: Training, state: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None) -> None:
-    training.objective.load_state_dict(state)
+    try:
+        training.objective.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"phase {training.phase.name}: its checkpoint does not fit ({one_line(error)})") from None
     if training.ema is not None:  # in its own order, which the update relies on
         training.ema = {name: (ema or state)[name].to(value.device) for name, value in training.ema.items()}
 
@@ -173,17 +215,19 @@ def snapshot(run: Run, training: Training) -> Weights:
         statistics={geometry.digest(): run.statistics.of(geometry) for geometry in (phase.geometry, fine)},
         source=run.initial.source if run.initial else {},  # whose weights these come from, and their licence
         step=training.step, phase=phase.name, train_seconds=training.train_seconds, skipped=training.skipped,
+        first_loss=training.first_loss,
         tensors=training.objective.state_dict() if training.ema is None else training.ema,
         origin=str(run.phase_folder(phase).path),
     )
 
 
-def save(run: Run, training: Training) -> None:
-    """Write a checkpoint (main process only)."""
-    if not run.dist.is_main:
-        return
+def save(run: Run, training: Training) -> bool:
+    """Keep the training as it stands (main process only), unless it is about to diverge; whether it was kept."""
+    if not run.dist.is_main or training.unsound_since is not None:
+        return False
     tensors = {"model": training.objective.state_dict()} | ({"ema": training.ema} if training.ema is not None else {})
     checkpoint.save(
         run.phase_folder(training.phase).checkpoints, training.step, tensors, snapshot(run, training).to_json(),
         optim.optimizer_state(training.optimizer), keep=run.options.train.keep,
     )
+    return True

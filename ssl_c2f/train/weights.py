@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -24,53 +24,10 @@ from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models import published
 from ssl_c2f.models.patches import sincos_positions
 from ssl_c2f.objectives import Objective
+from ssl_c2f.train.checkpoint_state import CheckpointState
 from ssl_c2f.train.recipe import Recipe
 
 Which = Literal["auto", "model", "ema"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointState:
-    """What state.json of a checkpoint holds: what its tensors need to be used, and where training stands."""
-
-    recipe: Recipe
-    geometry: Geometry  # that the tensors are for
-    statistics: Mapping[str, Statistics] = field(default_factory=dict)  # by Geometry.digest()
-    classes: tuple[str, ...] = ()
-    source: Mapping[str, str] = field(default_factory=dict)  # whose weights they come from: kind, licence, url, file
-    step: int = 0
-    phase: str = ""
-    train_seconds: float = 0.0
-    skipped: int = 0
-
-    @classmethod
-    def read(cls, state: Mapping[str, Any], folder: Path) -> CheckpointState:
-        """From the content of a checkpoint's state.json, which was written by this version or one before.
-
-        Raises:
-            UserError: it is of another program, or of a version to come.
-        """
-        try:
-            recipe = {name: state["options"][name] for name in Recipe.model_fields if name in state["options"]}
-            return cls(
-                recipe=Recipe.model_validate(recipe, strict=False), geometry=Geometry(**state["geometry"]),
-                statistics={digest: Statistics(**values) for digest, values in state["statistics"].items()},
-                classes=tuple(state["classes"]), source=state.get("source", {}), step=state["step"],
-                **{name: state[name] for name in ("phase", "train_seconds", "skipped") if name in state},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            reason = one_line(error)
-            raise UserError(f"{folder / 'state.json'} is not of this version of ssl_c2f ({reason})") from None
-
-    def to_json(self) -> dict[str, Any]:
-        # the seed and the EMA decay of a run are not needed to use it, but said for those who look
-        options = self.recipe.model_dump(mode="json", include={*Recipe.model_fields, "seed", "ema"})
-        return {
-            "step": self.step, "phase": self.phase, "train_seconds": self.train_seconds, "skipped": self.skipped,
-            "geometry": self.geometry.to_dict(),
-            "statistics": {digest: asdict(statistics) for digest, statistics in self.statistics.items()},
-            "classes": list(self.classes), "options": options, **({"source": dict(self.source)} if self.source else {}),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +50,28 @@ class Weights(CheckpointState):
             UserError: the tensors do not fit.
         """
         geometry = geometry or self.geometry
-        with torch.random.fork_rng([]):
-            objective = self.recipe.build(geometry, len(self.classes))
+        try:
+            with torch.random.fork_rng([]), torch.device("meta"):
+                self._check(self.recipe.build(self.geometry, len(self.classes)).state_dict())
+            with torch.random.fork_rng([]):
+                objective = self.recipe.build(geometry, len(self.classes))
+        except (MemoryError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.origin}: its options make no network here ({one_line(error)[:200]})") from None
         fitted, _ = transfer(self.tensors, self.geometry, objective.state_dict(), geometry)
         objective.load_state_dict(fitted)
         return objective.to(device).eval()
+
+    def _check(self, expected: Mapping[str, Tensor]) -> None:
+        """Raises UserError: other tensors than the options make, or values that are no numbers."""
+        if beside := next(iter(self.tensors.keys() ^ expected.keys()), None):
+            where = "its options make none" if beside in self.tensors else "it is missing"
+            raise UserError(f"{self.origin}: tensor {beside[:100]}: {where}")
+        for name, tensor in self.tensors.items():
+            if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point():
+                there, ours = tuple(tensor.shape), tuple(expected[name].shape)
+                raise UserError(f"{self.origin}: {name} is {there} of {tensor.dtype}, its options make {ours}")
+            if not tensor.isfinite().all():
+                raise UserError(f"{self.origin}: {name} holds NaN or infinite values")
 
     def at_full_resolution(self, device: torch.device | str = "cpu") -> Objective:
         """The network in the fine geometry: a fine model tested on coarse input collapses, and losses on coarse input
@@ -164,7 +138,7 @@ def load_weights(path: Path, which: Which = "auto") -> Weights:
     if find_published(path):
         return import_published(path)[0]
     folder = find_checkpoint(path)
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(folder, training=False)
     if which == "ema" and saved.ema is None:
         raise UserError(f"{folder} has no moving average of the weights: use weights=model")
     tensors = saved.ema if saved.ema is not None and which != "model" else saved.model

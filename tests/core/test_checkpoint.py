@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,11 +98,21 @@ def test_a_step_is_written_once(tmp_path: Path) -> None:
     assert checkpoint.save(tmp_path, 5, {"model": {}}, {"n": 1}, None, keep=1) == first
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.json", "optimizer.pt"])
-def test_damage_is_one_line(tmp_path: Path, name: str) -> None:
-    model, optimizer = train(steps=1)
+FILES = ("model.safetensors", "ema.safetensors", "state.json", "optimizer.pt")
+
+
+def saved(folder: Path, step: int = 1, keep: int = 1) -> Path:
+    model, optimizer = train(steps=step)
     tensors = {"model": model.state_dict(), "ema": model.state_dict()}
-    path = checkpoint.save(tmp_path, 1, tensors, {"a": 1}, optimizer.state_dict(), keep=1)
+    return checkpoint.save(folder, step, tensors, {"a": step}, optimizer.state_dict(), keep=keep)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_one_line(tmp_path: Path, name: str, checksums: bool) -> None:
+    path = saved(tmp_path)
+    if not checksums:  # as earlier versions left them
+        (path / "checksums.json").unlink()
     whole = (path / name).read_bytes()
     for size in (0, 1, len(whole) // 2, len(whole) - 1):
         (path / name).write_bytes(whole[:size])
@@ -109,8 +121,47 @@ def test_damage_is_one_line(tmp_path: Path, name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [*FILES, "checksums.json"])
+def test_any_other_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path)
+    whole = (path / name).read_bytes()
+    for bit in random.Random(name).sample(range(8 * len(whole)), 40):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (path / name).write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            checkpoint.load(path)
+    (path / name).unlink()
+    if name != "checksums.json":
+        with pytest.raises(UserError, match=f"{name}: .*No such file"):
+            checkpoint.load(path)
+
+
+def test_the_optimiser_is_of_use_in_training_only(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "optimizer.pt").write_bytes(b"junk")
+    assert checkpoint.load(path, training=False).optimizer is None
+    with pytest.raises(UserError, match=r"optimizer\.pt is damaged"):
+        checkpoint.load(path)
+
+
+def test_damaged_ones_are_set_aside_up_to_one_that_is_whole(tmp_path: Path) -> None:
+    first, second, third = (saved(tmp_path, step, keep=9) for step in (1, 2, 3))
+    assert checkpoint.set_aside_damaged(tmp_path) == []
+    (third / "state.json").write_text("{}")
+    (second / "optimizer.pt").unlink()
+    told = checkpoint.set_aside_damaged(tmp_path)
+    assert [line.rpartition("; ")[2] for line in told] == [
+        "set aside as damaged-step-00000003, going on from step-00000002",
+        "set aside as damaged-step-00000002, going on from step-00000001",
+    ]
+    assert checkpoint.newest_in(tmp_path) == first
+    assert saved(tmp_path, 2, keep=9) == second and checkpoint.load(second).state == {"a": 2}
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, {"model": {}}, {}, {}, keep=1)
+    (path / "checksums.json").unlink()
     torch.save({"f": os.system}, path / "optimizer.pt")
     with pytest.raises(UserError, match=r"optimizer\.pt"):
         checkpoint.load(path)

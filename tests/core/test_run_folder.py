@@ -18,8 +18,9 @@ import yaml
 from disks import mounted
 from hypothesis import given
 from hypothesis import strategies as st
+from trackers import track
 
-from ssl_c2f.core.files import write_text
+from ssl_c2f.core.files import append_line, new_folder, write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.provenance import command_line, provenance, redact
 from ssl_c2f.core.run_folder import RunFolder
@@ -169,7 +170,16 @@ def test_provenance_is_complete_and_names_no_host() -> None:
         ("HF_TOKEN=abc", "HF_TOKEN=***"),
         ("password=a=b", "password=***"),
         ("data.root=https://me:abc@host/x", "data.root=https://me:***@host/x"),
+        ("data.root=https://hf_abc@host/x", "data.root=https://***@host/x"),
+        ("data.manifest=https://host/x?token=abc&part=1", "data.manifest=https://host/x?token=***&part=1"),
+        ("--auth=abc", "--auth=***"),
+        ("init=hf_abcdefghijk", "init=hf_***"),
+        ("tracking.tags=[token=abc, esc10]", "tracking.tags=[token=***, esc10]"),
+        ("tracking={api_key: abc, entity: me}", "tracking={api_key: ***, entity: me}"),
         ("num_tokens=128", "num_tokens=128"),
+        ("author=me", "author=me"),
+        ("data.root=/home/me@lab/esc10", "data.root=/home/me@lab/esc10"),
+        ("model.class_tokens=2", "model.class_tokens=2"),
         ("optim.lr=1e-3", "optim.lr=1e-3"),
     ],
 )
@@ -179,6 +189,47 @@ def test_secrets_are_hidden(word: str, shown: str) -> None:
 
 def test_a_secret_in_the_next_word_is_hidden() -> None:
     assert redact(["--token", "abc", "token", "x"]) == ["--token", "***", "token", "x"]
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "made") as folder:
+        (folder / "a").write_text("a")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    # of a process that was killed, and of one at work
+    stale, fresh = tmp_path / ".made.1.tmp", tmp_path / ".made.2.tmp"
+    for left in (stale, fresh):
+        left.mkdir()
+    os.utime(stale, (0, 0))
+    (tmp_path / "made").mkdir()  # empty: it may be used
+    with new_folder(tmp_path / "made") as folder:
+        (folder / "a").write_text("a")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".made.2.tmp", "a", "made"]
+    with pytest.raises(UserError, match="there is something"), new_folder(tmp_path / "made"):
+        pass
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / ".file.77.tmp"
+    left.write_text("half")
+    os.utime(left, (0, 0))
+    write_text(tmp_path / "file", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name in ("metrics.jsonl", "lock"):
+        (tmp_path / name).symlink_to(other)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: it is a link"):
+        append_line(tmp_path / "metrics.jsonl", "x")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: it is a link"):
+        track(tmp_path)
+    with pytest.raises(UserError, match="lock: it is a link"), RunFolder(tmp_path).lock():
+        pass
+    write_text(tmp_path / "metrics.jsonl", "x")  # in its place
+    assert other.read_text() == "mine"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

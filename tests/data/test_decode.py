@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ESC10, needs_esc10
 
+from ssl_c2f.data import decode
 from ssl_c2f.data.decode import AudioError, Header, read_audio, read_header, resampled_length
 
 RATE = 16000
@@ -150,7 +153,10 @@ def test_bad_files_say_why(tmp_path: Path) -> None:
     (tmp_path / "empty.wav").touch()
     assert reason("empty.wav") == "damaged, or not audio"
     (tmp_path / "folder.wav").mkdir()
-    assert reason("folder.wav") == reason("missing.wav") == "no such file"
+    assert reason("folder.wav") == "not a file"
+    assert reason("missing.wav") == reason("lone surrogate \ud800.wav") == reason("null \0.wav") == "no such file"
+    os.mkfifo(tmp_path / "pipe.wav")  # to open it would wait for a writer
+    assert reason("pipe.wav") == "not a file"
     write(tmp_path / "none.wav", samples[:0], RATE)
     assert reason("none.wav") == "no samples"
     for name, expected in (("cut.ogg", "truncated"), ("cut.mp3", "truncated"), ("cut.flac", "damaged, or not audio")):
@@ -182,3 +188,82 @@ def test_real_clips_are_five_seconds_of_sound() -> None:
         assert abs(len(whole) - 5 * RATE) < RATE // 20
         assert 0 < whole.abs().max() < 1.5
         torch.testing.assert_close(read_audio(file, RATE, 70000, 2000), whole[70000:72000], rtol=0, atol=1e-4)
+
+
+def flac_of_length(file: Path, samples: np.ndarray, said: int) -> Path:
+    """A FLAC file whose header says another length than it has: 0 is legal, and means that it is not known."""
+    soundfile.write(file, samples, 44100)
+    data = bytearray(file.read_bytes())
+    data[21] = data[21] & 0xF0 | said >> 32
+    data[22:26] = (said & 0xFFFFFFFF).to_bytes(4, "big")
+    file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize("said", [0, 2**36 - 1])
+def test_a_length_that_cannot_be_is_measured(tmp_path: Path, said: int) -> None:
+    samples = noise(1, 100_001)[:, 0]
+    true = flac_of_length(tmp_path / "true.flac", samples, len(samples))
+    odd = flac_of_length(tmp_path / "odd.flac", samples, said)
+    assert read_header(odd) == read_header(true) == (100_001, 44100, 1)
+    for start, num in ((0, None), (0, 1000), (20_000, 5000), (36_000, 1000), (36_200, None)):
+        assert torch.equal(read_audio(odd, RATE, start, num), read_audio(true, RATE, start, num))
+    with pytest.raises(AudioError):
+        read_audio(odd, RATE, 40_000)
+
+
+def test_a_length_that_is_too_large_is_no_allocation(tmp_path: Path) -> None:
+    said = 10**7  # 40 MB; the file could hold it, if it were silent
+    lying = flac_of_length(tmp_path / "lying.flac", noise(1, 5000)[:, 0], said)
+    assert read_header(lying).num_samples == said
+    with pytest.raises(AudioError, match=r"damaged|truncated"):
+        read_audio(lying, RATE)
+
+
+@pytest.mark.parametrize("rate", [1, 6, 999, 768_001, 10**9])
+def test_rates_that_no_recording_has(tmp_path: Path, rate: int) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1, 100), rate)
+    with pytest.raises(AudioError, match=f"a sample rate of {rate} Hz"):
+        read_header(tmp_path / "a.wav")
+
+
+def test_odd_high_rates_take_a_filter_of_moderate_size(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1, 767_999), 767_999)
+    assert abs(len(read_audio(tmp_path / "a.wav", 8000)) - 8000) <= 4
+
+
+def test_more_channels_than_a_recording_has(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.ones((100, 64)) / 9, 8000)
+    soundfile.write(tmp_path / "b.wav", np.ones((100, 65)) / 9, 8000)
+    assert len(read_audio(tmp_path / "a.wav", 8000)) == 100
+    with pytest.raises(AudioError, match="65 channels"):
+        read_header(tmp_path / "b.wav")
+
+
+def test_samples_beyond_any_scale(tmp_path: Path) -> None:
+    for peak, good in ((40.0, True), (2.0**31, True), (1e10, False), (-1e20, False)):
+        samples = np.zeros(1000)
+        samples[500] = peak
+        soundfile.write(tmp_path / "a.wav", samples, 8000, subtype="FLOAT")
+        if good:
+            assert read_audio(tmp_path / "a.wav", 8000).abs().max() == abs(peak)
+            continue
+        with pytest.raises(AudioError, match="samples as large as"):
+            read_audio(tmp_path / "a.wav", 8000)
+
+
+def test_a_disk_that_does_not_answer_costs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_open = os.open
+
+    def hang(path: Path, flags: int) -> int:
+        if Path(path).name == "gone.wav":
+            threading.Event().wait()
+        return really_open(path, flags)
+
+    monkeypatch.setattr(os, "open", hang)
+    monkeypatch.setattr(decode, "_PATIENCE", 0.1)
+    for read in (lambda: read_header(tmp_path / "gone.wav"), lambda: read_audio(tmp_path / "gone.wav", RATE)):
+        with pytest.raises(AudioError, match=r"gone\.wav: no answer from the disk within 0\.1 s"):
+            read()
+    monkeypatch.setattr(decode, "_PATIENCE", 120)
+    assert len(read_audio(write(tmp_path / "a.wav", noise(1, 100), 8000), 8000)) == 100

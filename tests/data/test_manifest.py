@@ -29,8 +29,8 @@ clips = st.builds(
     path=names.map(lambda name: name + ".wav"),
     labels=st.lists(names.map(str.strip).filter(bool), max_size=3).map(tuple),
     fold=st.none() | st.integers(0, 9),
-    num_samples=st.integers(1, 10**9),
-    sample_rate=st.integers(1, 10**6),
+    num_samples=st.integers(1, 10**6),
+    sample_rate=st.integers(1000, 768_000),
     channels=st.integers(1, 8),
 )
 
@@ -45,7 +45,7 @@ def manifest_of(root: Path, clips: list[Clip]) -> Manifest:
 @given(listed=st.lists(clips, min_size=1, max_size=5, unique_by=lambda clip: clip.path))
 def test_what_is_written_is_read_back(tmp_path: Path, ending: str, listed: list[Clip]) -> None:
     for clip in listed:
-        (tmp_path / clip.path).touch()
+        (tmp_path / clip.path).write_bytes(bytes(200))
     manifest = manifest_of(tmp_path, listed)
     write_manifest(manifest, tmp_path / f"set.{ending}")
     assert read_manifest(tmp_path / f"set.{ending}") == manifest
@@ -162,6 +162,11 @@ def test_lists_written_by_hand(tmp_path: Path) -> None:
         ("a.jsonl", '{"path": "x.wav", "fold": 1.5}\n', "line 1: fold 1.5 is not a whole number"),
         ("a.jsonl", '{"path": "x.wav", "labels": [[1]]}\n', "line 1: labels [[1]] are not text"),
         ("a.jsonl", '{"path": "x.wav"}\n{"path": \n', "line 2: not JSON"),
+        ("a.jsonl", '{"path": "x.wav", "fold": ' + "[" * 200_000 + "\n", "line 1: not JSON"),
+        ("a.jsonl", '{"path": "x.wav", "shard": 5}\n', "line 1: shard 5 is not text"),
+        ("a.jsonl", '{"path": "x\\ud800.wav"}\n', "line 1: path 'x\\ud800.wav' is no text"),
+        ("a.jsonl", '{"path": "x.wav", "shard": "a.tar", "offset": 1%s}\n' % ("0" * 400), "is too large"),
+        ("a.jsonl", '{"path": "x.wav", "label": "%s"}\n' % ("l" * 10**6), "has 1000000 characters, more than 4096"),
         ("a.csv", b"path\nx\xff.wav\n", "can't decode byte"),
         ("a.txt", "x.wav\n", "a table of recordings ends in .csv, .tsv, .jsonl"),
         ("a.csv", None, "no such file"),
@@ -174,7 +179,15 @@ def test_lists_that_cannot_be_used(tmp_path: Path, name: str, text: str | bytes 
         read_manifest(tmp_path / name)
     assert expected in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_lengths_that_cannot_be_are_looked_up(tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav", 320)
+    for lie in ({"num_samples": 10**18}, {"sample_rate": 7}, {"channels": 10**9}):
+        row = {"path": "a.wav", "num_samples": 320, "sample_rate": 16000, "channels": 1} | lie
+        (tmp_path / "set.jsonl").write_text(json.dumps(row))
+        assert read_manifest(tmp_path / "set.jsonl").clips == (Clip("a.wav", (), None, 320, 16000, 1),)
 
 
 @needs_esc10

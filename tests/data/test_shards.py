@@ -11,7 +11,7 @@ import torch
 from ssl_c2f import cli
 from ssl_c2f.core.options import UserError
 from ssl_c2f.data.decode import AudioError, Member, read_audio, read_header
-from ssl_c2f.data.manifest import Manifest, fingerprint, read_manifest, scan
+from ssl_c2f.data.manifest import Clip, Manifest, checked, fingerprint, read_manifest, scan
 from ssl_c2f.data.shards import write_shards
 
 FORMATS = {"a.wav": "PCM_16", "b.flac": "PCM_16", "c.ogg": "VORBIS", "d.mp3": "MPEG_LAYER_III", "é/e.wav": "FLOAT"}
@@ -98,3 +98,15 @@ def test_the_command(files: Manifest, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"use them: data.manifest={out}/manifest.jsonl" in capsys.readouterr().out
     assert cli.main(["data", "check", f"data.manifest={out}/manifest.jsonl"]) == 0
     assert "6 good, 0 bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["{root}/a.wav", "../outside/a.wav", "sub/../a.wav"])
+def test_a_shard_holds_nothing_that_unpacks_elsewhere(tmp_path: Path, path: str) -> None:
+    for folder in ("root/sub", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("root/a.wav", "outside/a.wav"):
+        soundfile.write(tmp_path / name, np.zeros(100), 8000)
+    clip = Clip(path.format(root=tmp_path / "root"))
+    with pytest.raises(UserError, match=r"is not below .*: give data\.root"):
+        write_shards(checked(tmp_path / "root", [clip], None), tmp_path / "shards", 1.0)
+    assert not (tmp_path / "shards").exists()

@@ -117,6 +117,22 @@ def test_scoring_asks_for_one_process(
     assert (asked.world, asked.nodes, asked.ngpus) == (1, 1, 0)
 
 
+def test_types_of_gpu_and_other_options_of_sbatch(
+    config: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("pretrain", config, f"data.root={sounds}", "--run-dir", tmp_path, "--cluster", "slurm", "--dry-run")
+    assert launch(*words) == 0
+    assert "wckey" not in capsys.readouterr().out
+    more = ("--sbatch", "reservation=friday", "--sbatch", "wckey=mine", "--sbatch", "exclusive")
+    assert launch(*words, "--ngpus", "a100:2", *more) == 0
+    printed = capsys.readouterr().out
+    for line in ("gpus-per-node=a100:2", "ntasks-per-node=2", "reservation=friday", "wckey=mine", "exclusive"):
+        assert printed.count(f"#SBATCH --{line}\n") == printed.count("#!/bin/bash")
+    for wrong in (("--sbatch", "a b=c"), ("--sbatch", "array=1-3"), ("--ngpus", "a100:"), ("--ngpus", "two")):
+        assert launch(*words, *wrong) == 2
+        assert wrong[0] in capsys.readouterr().err
+
+
 def test_what_submitit_is_given(tmp_path: Path) -> None:
     program(tmp_path / "bin" / "srun", "")
     program(tmp_path / "bin" / "sbatch", "print('Submitted batch job 17')")

@@ -178,6 +178,7 @@ def test_what_ast_cannot_express_is_one_line(
     if case == "mean pooling":
         file = tmp_path / "ours/checkpoints/step-00000000/state.json"
         file.write_text(file.read_text().replace('"head": "ast"', '"head": "mean_pool"'))
+        file.with_name("checksums.json").unlink()  # as an earlier version left it
     capsys.readouterr()
     assert cli.main(["export", str(ckpt), "--format", "hf", "--out", str(tmp_path / "hf")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

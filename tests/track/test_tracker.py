@@ -58,6 +58,15 @@ def test_a_file_is_cut_back_to_the_checkpoint(
     assert [record["step"] for record in lines(file.parent)] == kept
 
 
+def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    whole = [b'{"step": %d}\n' % step for step in range(1, 9)]
+    for bad in (b'{"stap": 3}\n', b"{\n", b"[3]\n", b'{"step": "3"}\n', b'{"step": 3000}\n', b"\x80" * 12 + b"\n"):
+        file.write_bytes(b"".join([*whole[:2], bad, *whole[3:]]))
+        assert cut_back(file, 6) == {"step": 6}
+        assert file.read_bytes() == b"".join([*whole[:2], bad, *whole[3:6]])
+
+
 @given(st.integers(1, 30), st.data())
 def test_interruptions_leave_every_step_once(
     tmp_path_factory: pytest.TempPathFactory, total: int, data: st.DataObject
