@@ -49,6 +49,20 @@ class AudioOptions(Options):
         return self
 
 
+def other_frequencies(before: AudioOptions, now: AudioOptions) -> str:
+    """A line on mel rows that mean other frequencies than those that weights were trained on; empty if they do not."""
+    was, new = (
+        {"sample_rate": audio.sample_rate, "num_mels": audio.num_mels, "f_min": audio.f_min,
+         "f_max": audio.f_max or audio.sample_rate / 2}
+        for audio in (before, now)
+    )
+    changed = [f"audio.{name} {was[name]:g}, now {new[name]:g}" for name in was if was[name] != new[name]]
+    if not changed:
+        return ""
+    return (f"note: the weights were trained with {'; '.join(changed)}: mel rows now mean other frequencies. With the "
+            "values of the weights, recordings of any rate are resampled")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of one phase. Times are in samples, frequencies in Hz; frames are counted after compression.

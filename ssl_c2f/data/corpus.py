@@ -93,7 +93,7 @@ class Corpus:
         """The clips in a geometry. What is cached is not pooled yet, so all pooling factors share it."""
         digest = replace(geometry, pool=1, pool_kind="none").digest()
         if digest not in self._sources:
-            source = Source(self.manifest, geometry)
+            source = Source(self.manifest, geometry, channel=self.options.channel)
             plain = FrontEnd(geometry, Statistics(0.0, 1.0))
             self._sources[digest] = fill_cache(
                 source, range(len(self.manifest.clips)), plain.log_mel, self._free(), self.progress

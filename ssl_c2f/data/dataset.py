@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from ssl_c2f.core.options import UserError
 from ssl_c2f.core.threads import in_threads
 from ssl_c2f.curriculum.geometry import Geometry
 from ssl_c2f.data.augment import AugmentOptions, mixup_share
-from ssl_c2f.data.decode import AudioError, Place, read_audio, resampled_length
+from ssl_c2f.data.decode import AudioError, Channel, Place, read_audio, resampled_length
 from ssl_c2f.data.front_end import Items
 from ssl_c2f.data.manifest import Manifest
 from ssl_c2f.data.recordings import balanced_weights
@@ -66,6 +66,7 @@ class Source:
     geometry: Geometry
     cache: dict[int, Tensor] = field(default_factory=dict)  # clip -> (T, F) log-mel of the whole recording, unpooled
     damaged: dict[int, AudioError] = field(default_factory=dict)  # why clips are missing from the cache
+    channel: Channel = "mean"
 
     def _span(self, clip: int) -> tuple[int, int]:
         """Where a clip begins and ends in its file, in samples at the geometry's rate."""
@@ -82,7 +83,8 @@ class Source:
     def read(self, clip: int, start: int, num: int) -> Tensor:
         """At most `num` samples of a clip from sample `start` on: (S,). Raises AudioError."""
         first, last = self._span(clip)
-        return read_audio(self.place(clip), self.geometry.sample_rate, first + start, min(num, last - first - start))
+        num = min(num, last - first - start)
+        return read_audio(self.place(clip), self.geometry.sample_rate, first + start, num, self.channel)
 
     @cached_property
     def first_segments(self) -> np.ndarray:
@@ -170,7 +172,7 @@ def fill_cache(
             cache[clip] = spec
         if progress:
             progress(done, len(clips))
-    return Source(source.manifest, g, cache, damaged)
+    return replace(source, cache=cache, damaged=damaged)
 
 
 BadItems = tuple[tuple[str, str], ...]  # (path, reason) of a batch of which nothing could be read

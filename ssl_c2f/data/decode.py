@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor
 from torchaudio.transforms import Resample
 
 from ssl_c2f.core.threads import sign_of_life, within
+from ssl_c2f.data.containers import INSTALL, Endless, Foreign, has_av, has_no_length, is_foreign
 
 T = TypeVar("T")
+Channel = Literal["mean", "left", "right", "loudest"]
 
 # Lossy decoders need what came before: MP3 borrows bits from earlier frames, Vorbis and Opus overlap theirs.
 _WARM_UP = 2**14
@@ -107,11 +109,14 @@ def can_be(place: Place, said: Header) -> bool:
     return possible and RATES[0] <= said.sample_rate <= RATES[1] and 0 < said.channels <= MOST_CHANNELS
 
 
-def read_audio(place: Place, sample_rate: int, start: int = 0, num: int | None = None) -> Tensor:
+def read_audio(
+    place: Place, sample_rate: int, start: int = 0, num: int | None = None, channel: Channel = "mean"
+) -> Tensor:
     """Decode a file, or `num` samples of it from `start` on, to mono at `sample_rate`: (S,) float32.
 
-    `start` and `num` count samples at `sample_rate`; channels are averaged. A cut decodes little more than it returns,
-    equals the same slice of the whole file, and is shorter than `num` only where the file ends.
+    `start` and `num` count samples at `sample_rate`. A cut decodes little more than it returns, equals the same slice
+    of the whole file, and is shorter than `num` only where the file ends. Channels are averaged, or one of them is
+    taken: `right` is the second if there are two, `loudest` the one with most power in the cut.
 
     A WAV file that ends before its header says is read to its end, as recorders that lost power leave such files; any
     other truncated file is an error.
@@ -131,7 +136,7 @@ def read_audio(place: Place, sample_rate: int, start: int = 0, num: int | None =
                 end = length if end is None else min(end, length)
             if end is not None and first * down >= end:
                 raise AudioError(place, f"ends before sample {start}")
-            return _decode(file, first * down, end, length), down, up, start - first * up
+            return _decode(file, first * down, end, length, channel), down, up, start - first * up
 
     waveform, down, up, skip = _answered(place, read)
     if not len(waveform):  # the end of a file that did not say where it is
@@ -156,6 +161,19 @@ def _answered(place: Place, read: Callable[[], T]) -> T:
         raise AudioError(place, f"no answer from the disk within {_PATIENCE:g} s") from None
 
 
+def read_blocks(place: Place) -> Iterator[np.ndarray]:
+    """A whole file at its own rate, block by block: (n, channels) float32. Raises AudioError as `read_audio`."""
+    with _open(place) as (file, length):
+        done = 0
+        for block in _blocks(file, length):
+            if not np.isfinite(block).all():
+                raise AudioError(place, "NaN or infinite samples")
+            yield block
+            done += len(block)
+        if done < (length or 1):
+            raise AudioError(place, "truncated" if length else "no samples")
+
+
 def resampled_length(num_samples: int, rate: int, sample_rate: int) -> int:
     """How many samples `read_audio` makes at `sample_rate` of `num_samples` at a file's own `rate`."""
     down, up = _ratio(rate, sample_rate)
@@ -171,7 +189,7 @@ class _Stream(SoundFile):  # type: ignore[misc]
 
 
 @contextmanager
-def _open(place: Place) -> Iterator[tuple[_Stream, int | None]]:
+def _open(place: Place) -> Iterator[tuple[_Stream | Foreign, int | None]]:
     """A file, and how many samples it says to have: None where it does not say, or cannot have so many.
 
     Whatever the decoder raises inside becomes an AudioError.
@@ -182,17 +200,30 @@ def _open(place: Place) -> Iterator[tuple[_Stream, int | None]]:
         opened.callback(os.close, descriptor)
         size = _size(place, os.fstat(descriptor))
         try:
-            where = _Window(descriptor, place) if isinstance(place, Member) else descriptor
-            file = opened.enter_context(_Stream(where, closefd=False))
-            if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
-                raise AudioError(place, "truncated")
+            whole = io.FileIO(descriptor, closefd=False)
+            stream: Any = _Window(descriptor, place) if isinstance(place, Member) else whole
+            file: Any
+            if is_foreign(stream):
+                if not has_av():
+                    raise AudioError(place, f"of a format that needs {INSTALL}")
+                stream.seek(0)
+                file, length = opened.enter_context(Foreign(stream)), None
+            else:
+                endless = has_no_length(stream)
+                stream.seek(0)
+                # libsndfile reads a plain file faster by its descriptor
+                where = Endless(stream) if endless else stream if isinstance(place, Member) else descriptor
+                file = opened.enter_context(_Stream(where, closefd=False))
+                if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
+                    raise AudioError(place, "truncated")
+                if file.frames <= 0 and not endless:
+                    raise AudioError(place, "no samples" if size < 2 * _WARM_UP else "no samples, as its header says")
+                length = None if endless or file.frames > _MOST_PER_BYTE * size else file.frames
             if not RATES[0] <= file.samplerate <= RATES[1]:
                 raise AudioError(place, f"a sample rate of {file.samplerate} Hz")
             if file.channels > MOST_CHANNELS:
                 raise AudioError(place, f"{file.channels} channels")
-            if file.frames <= 0:
-                raise AudioError(place, "no samples" if size < 2 * _WARM_UP else "no samples, as its header says")
-            yield file, file.frames if file.frames <= _MOST_PER_BYTE * size else None
+            yield file, length
         except EOFError:
             raise AudioError(place, "truncated") from None
         except (SoundFileError, OSError):
@@ -226,6 +257,11 @@ def _size(place: Place, found: os.stat_result) -> int:
 class _Window(io.RawIOBase):
     """A member of a shard as a file of its own, which libsndfile reads and seeks in."""
 
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable  # PyAV asks
+
     def __init__(self, descriptor: int, member: Member) -> None:
         self._file, self._first, self._size, self._at = descriptor, member.offset, member.size, 0
 
@@ -243,25 +279,29 @@ class _Window(io.RawIOBase):
         return count
 
 
-def _decode(file: _Stream, start: int, end: int | None, length: int | None) -> Tensor:
-    """Samples start to end at the file's own rate, channels averaged: (end - start,); fewer only where `length` is
-    not known, and the file ends."""
+
+def _decode(file: _Stream | Foreign, start: int, end: int | None, length: int | None, channel: Channel) -> Tensor:
+    """Samples start to end at the file's own rate in one channel: (end - start,); fewer only where `length` is not
+    known and the file ends."""
     origin = start - _WARM_UP
     if file.format == "OGG":
         origin = min(origin, (length or 0) - _LAST_OGG_PAGE)
     origin = at = max(0, origin)
     if origin:
         file.seek(origin)
-    parts = []
+    parts = [np.zeros((0, 1 if channel == "mean" else file.channels), np.float32)]
     for block in _blocks(file, None if end is None else end - origin):
-        parts.append(torch.from_numpy(block[max(start - at, 0) :].mean(axis=1)))
+        wanted = block[max(start - at, 0) :]
+        parts.append(wanted.mean(axis=1, keepdims=True) if channel == "mean" else wanted)
         at += len(block)
     if length is not None and end is not None and at < end:
         raise EOFError
-    return torch.cat(parts) if parts else torch.zeros(0)
+    samples = np.concatenate(parts)
+    which = {"mean": 0, "left": 0, "right": min(1, file.channels - 1)}.get(channel)
+    return torch.from_numpy(samples[:, np.square(samples).sum(0).argmax() if which is None else which])
 
 
-def _blocks(file: _Stream, num: int | None) -> Iterator[np.ndarray]:
+def _blocks(file: _Stream | Foreign, num: int | None) -> Iterator[np.ndarray]:
     """The next `num` samples (None: all) in blocks of (n, channels), until the file ends."""
     left = math.inf if num is None else num
     while left > 0:

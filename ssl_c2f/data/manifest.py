@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,10 +25,10 @@ from torch import Tensor
 from ssl_c2f.core.files import write_text
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.threads import in_threads
+from ssl_c2f.data.containers import FOREIGN, INSTALL, endings
 from ssl_c2f.data.decode import AudioError, Header, Member, can_be, read_header
 from ssl_c2f.data.tables import TEST, TRAIN, VALIDATION, Table, read_table
 
-ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 _SPLIT_NAMES = {TRAIN: "train", VALIDATION: "val", TEST: "test"}
 _ESC_FOLD = r"^(\d)-\d+-[A-Z]"  # the file names of ESC-10 and ESC-50: 1-100032-A-0.wav is in fold 1
 
@@ -145,12 +146,13 @@ def scan(
     Raises:
         UserError: no such folder, no usable audio in it, or a pattern that finds no fold.
     """
-    files = audio_in(root)
+    files, left_out = audio_in(root)
     folds = _folds([file.name for file in files], fold_pattern)
     parts = [file.parent.parts for file in files]
     chosen = {"path": slice(None), "folder": slice(-1, None), "top": slice(1), "none": slice(0)}[labels]
     names = [(Path(*part[chosen]).as_posix(),) if part[chosen] else () for part in parts]
-    return checked(root, list(map(Clip, map(Path.as_posix, files), names, folds)), progress)
+    found = checked(root, list(map(Clip, map(Path.as_posix, files), names, folds)), progress)
+    return replace(found, notes=(left_out,)) if left_out else found
 
 
 def look_like_labels(manifest: Manifest) -> bool:
@@ -162,19 +164,39 @@ def look_like_labels(manifest: Manifest) -> bool:
     return len(counts) > 1 and few and min(counts.values()) > 1 and 2 * numbered < len(counts)
 
 
-def audio_in(root: Path) -> list[Path]:
-    """The audio files under a folder that are not hidden, relative to it and sorted.
+def audio_in(root: Path) -> tuple[list[Path], str]:
+    """The audio files under a folder that are not hidden, relative to it and sorted; a line on other files, if any.
 
     Raises:
         UserError: no such folder, or no audio in it.
     """
     if not root.is_dir():
         raise UserError(f"{root}: " + ("not a folder" if root.exists() else "no such folder"))
-    found = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-    files = sorted(file for file in found if not any(part.startswith(".") for part in file.parts))
+    known, files, others = endings(), list[Path](), Counter[str]()
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            ending = file.suffix.lower()
+            if ending not in known:
+                others[ending or "(no ending)"] += 1
+            elif file.is_file():
+                files.append(file.relative_to(root))
+    note = _left_out(others)
     if not files:
-        raise UserError(f"{root}: no audio found (looked for {', '.join(ENDINGS)})")
-    return files
+        looked = f"{root}: no audio found (looked for {', '.join(sorted(known))})"
+        raise UserError(f"{looked}; {note}" if note else looked)
+    return sorted(files), note
+
+
+def _left_out(others: Counter[str]) -> str:
+    if not others:
+        return ""
+    foreign = {ending: count for ending, count in others.items() if ending in FOREIGN}
+    most = {**foreign, **dict(others.most_common(5))}
+    counts = ", ".join(f"{count} {ending}" for ending, count in most.items())
+    rest = sum(others.values()) - sum(most.values())
+    more = f" and {rest} others" if rest else ""
+    return f"not read: {counts}{more}" + (f" ({INSTALL} reads {', '.join(sorted(foreign))})" if foreign else "")
 
 
 def read_manifest(

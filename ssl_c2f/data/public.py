@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_c2f.core.options import UserError
-from ssl_c2f.data.manifest import ENDINGS, Clip, Manifest, Progress, checked
+from ssl_c2f.data.containers import endings
+from ssl_c2f.data.manifest import Clip, Manifest, Progress, checked
 from ssl_c2f.data.tables import TEST, TRAIN, VALIDATION
 
 
@@ -123,8 +124,9 @@ def _vggsound(root: Path) -> Iterator[Clip]:
 def _by_video(root: Path) -> dict[str, str]:
     """Audio files below a folder by whole name, and by the video id of eleven characters that they begin with."""
     found: dict[str, str] = {}
+    known = endings()
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() in ENDINGS:
+        if file.suffix.lower() in known:
             path, stem = file.relative_to(root).as_posix(), file.stem
             stem = stem[1:] if stem.startswith("Y") and len(stem) > 11 and stem[12:13] in ("", "_") else stem
             found[stem] = path

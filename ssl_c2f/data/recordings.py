@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssl_c2f.core import draws
 from ssl_c2f.core.options import Options, UserError
+from ssl_c2f.data.decode import Channel
 from ssl_c2f.data.manifest import Manifest, read_manifest, scan
 from ssl_c2f.data.tables import TEST, VALIDATION
 
@@ -42,6 +43,7 @@ class DataOptions(Options):
     group_pattern: str | None = Field(
         None, description="regular expression; recordings in whose paths it (or its group) finds the same stay together"
     )
+    channel: Channel = Field("mean", description="of several: their mean, one, or the loudest of what is read")
     workers: int = Field(0, ge=0, description="loader processes; unused when the spectrograms are cached")
     cache_gb: float = Field(4.0, ge=0, description="keep spectrograms in memory if they fit, per process; 0 never does")
     max_bad_files: int = Field(100, ge=0, description="unreadable files that are skipped before the run stops")

@@ -13,13 +13,14 @@ from ssl_c2f.curriculum.geometry import AudioOptions, Compression, make_geometri
 from ssl_c2f.data import public
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.dataset import amount
-from ssl_c2f.data.decode import AudioError, read_audio
+from ssl_c2f.data.decode import AudioError
 from ssl_c2f.data.manifest import Clip, Manifest, write_manifest
+from ssl_c2f.data.quality import Sound, examine, remarks
 from ssl_c2f.data.recordings import DataOptions, open_manifest
 from ssl_c2f.data.shards import write_shards
 from ssl_c2f.data.statistics import InputStatistics
 
-_PIECE = 2**24  # samples that are decoded at a time
+_LISTED = 20  # recordings that are named of each kind
 
 
 class DataCommandOptions(Options):
@@ -70,25 +71,36 @@ def shard(options: DataCommandOptions, out: Path, gigabytes: float) -> None:
 
 
 def check(options: DataCommandOptions) -> int:
-    """Decode every recording whole and name the bad ones; the exit status is 1 if there are any."""
-    found = open_manifest(options.data)
+    """Decode every recording whole, name the bad ones, and list those that may not be what was meant to be recorded.
 
-    def problem(clip: Clip) -> tuple[str, str] | None:
+    The exit status is 1 if there are bad ones.
+    """
+    with Count("reading headers") as count:
+        found = open_manifest(options.data, count.update)
+    print("".join(f"{note}\n" for note in found.notes), end="")
+    files = {clip.path: clip for clip in found.clips}
+
+    def look(clip: Clip) -> Sound | str:
         try:
-            for start in range(0, clip.num_samples, _PIECE):  # nothing to resample, nor to keep
-                read_audio(clip.place(found.root), clip.sample_rate, start, _PIECE)
+            return examine(clip.place(found.root))
         except AudioError as error:
-            return clip.path, error.reason
-        return None
+            return error.reason
 
+    sounds, bad = dict[str, Sound](), dict(found.bad)
     with Count("decoding") as count:
-        bad = list(found.bad)
-        for done, wrong in enumerate(in_threads(problem, found.clips, os.cpu_count() or 1), 1):
-            bad += [wrong] if wrong else []
-            count.update(done, len(found.clips))
-    for path, reason in bad:
+        looked = in_threads(look, list(files.values()), os.cpu_count() or 1)
+        for done, (path, sound) in enumerate(zip(files, looked, strict=True), 1):
+            if isinstance(sound, str):
+                bad[path] = sound
+            else:
+                sounds[path] = sound
+            count.update(done, len(files))
+    for title, paths in remarks(sounds, {path: clip.sample_rate for path, clip in files.items()}).items():
+        more = f", and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+        print(f"{len(paths)} {title}: {', '.join(paths[:_LISTED])}{more}")
+    for path, reason in bad.items():
         print(f"{path}: {reason}")
-    print(f"{len(found.clips) + len(found.bad) - len(bad)} good, {len(bad)} bad")
+    print(f"{len(sounds)} good, {len(bad)} bad")
     return int(bool(bad))
 
 

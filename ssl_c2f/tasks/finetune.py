@@ -16,6 +16,7 @@ from ssl_c2f.core.files import read_json
 from ssl_c2f.core.options import UserError
 from ssl_c2f.core.run_folder import RunFolder
 from ssl_c2f.core.signals import Stop
+from ssl_c2f.curriculum.geometry import other_frequencies
 from ssl_c2f.curriculum.transfer import transfer
 from ssl_c2f.data.corpus import Corpus
 from ssl_c2f.data.front_end import FrontEnd
@@ -71,6 +72,8 @@ def finetune(ckpt: Path, options: FinetuneOptions, stop: Stop | None = None, *, 
         UserError: the encoder does not fit the checkpoint, a fold does not exist, a clip has no label.
     """
     weights, stop = open_weights(ckpt, options.weights), stop or Stop()
+    if note := other_frequencies(weights.recipe.audio, options.audio):
+        print(note)
     factor = weights.factor
     if options.statistics == "measure":
         weights = replace(weights, statistics={})

@@ -44,6 +44,7 @@ def print_plan(options: RunOptions, *, clips: int | None = None, measure: bool =
         manifest = open_manifest(options.data)
         training, num_classes = split(manifest, options.data)[0], len(manifest.classes)
         clips = clips_per_epoch(manifest, training, options.fine_geometry)
+        print("".join(f"{note}\n" for note in manifest.notes), end="")
         print(amount(manifest, training, options.fine_geometry))
     elif clips is None:
         clips = ASSUMED_CLIPS

@@ -80,7 +80,7 @@ def listed(files: Sequence[Path]) -> Manifest:
 def _in(file: Path) -> list[Clip]:
     """The recordings that one argument names, with paths as it says them."""
     if file.is_dir():
-        return [Clip((file / path).as_posix()) for path in audio_in(file)]
+        return [Clip((file / path).as_posix()) for path in audio_in(file)[0]]
     if file.suffix in (".csv", ".jsonl"):
         return [
             replace(clip, path=(file.parent / clip.path).as_posix(), shard=clip.shard and str(file.parent / clip.shard))

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ssl_c2f.curriculum.compress import pool_time
-from ssl_c2f.curriculum.geometry import AudioOptions, Compression, Geometry, make_geometries, make_geometry
+from ssl_c2f.curriculum.geometry import (
+    AudioOptions,
+    Compression,
+    Geometry,
+    make_geometries,
+    make_geometry,
+    other_frequencies,
+)
 from ssl_c2f.data.spectrogram import Fbank
 
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
@@ -189,3 +196,10 @@ def test_a_geometry_survives_json(
     g = make_geometry(audio, compression, patch, factor)
     assert g.columns  # a cached value is no part of it
     assert Geometry(**json.loads(json.dumps(g.to_dict()))) == g
+
+
+def test_mel_rows_that_mean_other_frequencies_are_said() -> None:
+    before = AudioOptions(sample_rate=16000)
+    assert other_frequencies(before, before.model_copy(update={"clip_seconds": 1.0, "f_max": 8000.0})) == ""
+    note = other_frequencies(before, AudioOptions(sample_rate=8000, num_mels=64))
+    assert "audio.sample_rate 16000, now 8000; audio.num_mels 128, now 64; audio.f_max 8000, now 4000: mel rows" in note
