@@ -110,7 +110,7 @@ class Foreign:
         import av
 
         av.logging.set_level(None)
-        self._errors = av.FFmpegError
+        self._errors = (av.FFmpegError, ValueError)  # ValueError: of another rate or layout than before
         try:
             self._container = av.open(file, "r")
             if not self._container.streams.audio:

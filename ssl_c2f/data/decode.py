@@ -96,7 +96,7 @@ def read_header(place: Place) -> Header:
                 raise AudioError(place, "no samples")
             return Header(length, file.samplerate, file.channels)
 
-    return _answered(place, read)
+    return answered(place, read)
 
 
 def can_be(place: Place, said: Header) -> bool:
@@ -138,7 +138,7 @@ def read_audio(
                 raise AudioError(place, f"ends before sample {start}")
             return _decode(file, first * down, end, length, channel), down, up, start - first * up
 
-    waveform, down, up, skip = _answered(place, read)
+    waveform, down, up, skip = answered(place, read)
     if not len(waveform):  # the end of a file that did not say where it is
         raise AudioError(place, f"ends before sample {start}")
     if not waveform.isfinite().all():
@@ -153,14 +153,6 @@ def read_audio(
     return waveform
 
 
-def _answered(place: Place, read: Callable[[], T]) -> T:
-    """What `read` returns or raises. A disk that does not answer costs a file, and keeps nobody from ending."""
-    try:
-        return within(_PATIENCE, read)
-    except TimeoutError:
-        raise AudioError(place, f"no answer from the disk within {_PATIENCE:g} s") from None
-
-
 def read_blocks(place: Place) -> Iterator[np.ndarray]:
     """A whole file at its own rate, block by block: (n, channels) float32. Raises AudioError as `read_audio`."""
     with _open(place) as (file, length):
@@ -168,10 +160,20 @@ def read_blocks(place: Place) -> Iterator[np.ndarray]:
         for block in _blocks(file, length):
             if not np.isfinite(block).all():
                 raise AudioError(place, "NaN or infinite samples")
+            if (largest := np.abs(block).max()) > _LOUDEST:
+                raise AudioError(place, f"samples as large as {largest:.3g}")
             yield block
             done += len(block)
         if done < (length or 1):
             raise AudioError(place, "truncated" if length else "no samples")
+
+
+def answered(place: Place, read: Callable[[], T]) -> T:
+    """What `read` returns or raises. A disk that does not answer costs a file, and keeps nobody from ending."""
+    try:
+        return within(_PATIENCE, read)
+    except TimeoutError:
+        raise AudioError(place, f"no answer from the disk within {_PATIENCE:g} s") from None
 
 
 def resampled_length(num_samples: int, rate: int, sample_rate: int) -> int:
@@ -200,25 +202,8 @@ def _open(place: Place) -> Iterator[tuple[_Stream | Foreign, int | None]]:
         opened.callback(os.close, descriptor)
         size = _size(place, os.fstat(descriptor))
         try:
-            whole = io.FileIO(descriptor, closefd=False)
-            stream: Any = _Window(descriptor, place) if isinstance(place, Member) else whole
-            file: Any
-            if is_foreign(stream):
-                if not has_av():
-                    raise AudioError(place, f"of a format that needs {INSTALL}")
-                stream.seek(0)
-                file, length = opened.enter_context(Foreign(stream)), None
-            else:
-                endless = has_no_length(stream)
-                stream.seek(0)
-                # libsndfile reads a plain file faster by its descriptor
-                where = Endless(stream) if endless else stream if isinstance(place, Member) else descriptor
-                file = opened.enter_context(_Stream(where, closefd=False))
-                if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
-                    raise AudioError(place, "truncated")
-                if file.frames <= 0 and not endless:
-                    raise AudioError(place, "no samples" if size < 2 * _WARM_UP else "no samples, as its header says")
-                length = None if endless or file.frames > _MOST_PER_BYTE * size else file.frames
+            file, length = _decoder(place, descriptor, size)
+            opened.enter_context(file)
             if not RATES[0] <= file.samplerate <= RATES[1]:
                 raise AudioError(place, f"a sample rate of {file.samplerate} Hz")
             if file.channels > MOST_CHANNELS:
@@ -228,6 +213,28 @@ def _open(place: Place) -> Iterator[tuple[_Stream | Foreign, int | None]]:
             raise AudioError(place, "truncated") from None
         except (SoundFileError, OSError):
             raise AudioError(place, "damaged, or not audio") from None
+
+
+def _decoder(place: Place, descriptor: int, size: int) -> tuple[_Stream | Foreign, int | None]:
+    """What decodes an open file of so many bytes, and the file's length where that can be believed."""
+    stream: Any = io.FileIO(descriptor, closefd=False)
+    if isinstance(place, Member):
+        stream = _Window(descriptor, place)
+    if is_foreign(stream):
+        if not has_av():
+            raise AudioError(place, f"of a format that needs {INSTALL}")
+        stream.seek(0)
+        return Foreign(stream), None
+    endless = has_no_length(stream)
+    stream.seek(0)
+    # libsndfile reads a plain file faster by its descriptor
+    where = Endless(stream) if endless else stream if isinstance(place, Member) else descriptor
+    file = _Stream(where, closefd=False)
+    if any(sign in file.extra_info for sign in _TRUNCATED_OGG):
+        raise AudioError(place, "truncated")
+    if file.frames <= 0 and not endless:
+        raise AudioError(place, "no samples" if size < 2 * _WARM_UP else "no samples, as its header says")
+    return file, None if endless or file.frames > _MOST_PER_BYTE * size else file.frames
 
 
 def _descriptor(place: Place) -> int:
@@ -277,7 +284,6 @@ class _Window(io.RawIOBase):
         count = os.preadv(self._file, [wanted], self._first + self._at) if len(wanted) else 0
         self._at += count
         return count
-
 
 
 def _decode(file: _Stream | Foreign, start: int, end: int | None, length: int | None, channel: Channel) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_c2f.data.decode import Place, read_blocks
+from ssl_c2f.data.decode import Place, answered, read_blocks
 
 _SILENT = 1e-4  # greatest sample, of 1: -80 dB
 _FULL = 0.9999  # a sample that is as large as can be ...
@@ -29,6 +29,10 @@ class Sound:
 
 def examine(place: Place) -> Sound:
     """Decode a recording whole, in little memory. Raises AudioError."""
+    return answered(place, lambda: _examine(place))
+
+
+def _examine(place: Place) -> Sound:
     peak, full, count, power, of_mean, digest = 0.0, 0, 0, 0.0, 0.0, hashlib.sha256()
     for block in read_blocks(place):
         size, mean = np.abs(block), block.mean(axis=1)

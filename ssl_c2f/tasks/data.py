@@ -87,8 +87,8 @@ def check(options: DataCommandOptions) -> int:
             return error.reason
 
     sounds, bad = dict[str, Sound](), dict(found.bad)
+    looked = in_threads(look, list(files.values()), os.cpu_count() or 1)
     with Count("decoding") as count:
-        looked = in_threads(look, list(files.values()), os.cpu_count() or 1)
         for done, (path, sound) in enumerate(zip(files, looked, strict=True), 1):
             if isinstance(sound, str):
                 bad[path] = sound
