@@ -62,7 +62,10 @@ def words(help: str) -> Argument:
 
 CONFIG = words("a YAML file or the name of a shipped config, then overrides such as data.root=FOLDER phases.0.epochs=5")
 OPTIONS = words("options such as data.root=FOLDER")
-CKPT = argument("--ckpt", "run folder, phase or checkpoint", type=Path, required=True, metavar="RUN|FILE")
+CKPT = argument(
+    "--ckpt", "run folder, phase, checkpoint or published file; or c2f_nano, which comes with the package", type=Path,
+    required=True, metavar="RUN|FILE",
+)
 NEW_FOLDER = argument("--out", "a new folder", type=Path, required=True, metavar="DIR")
 
 CONFIGS = Group("show, validate or compare configs", {

@@ -24,6 +24,8 @@ def test_the_wheel_has_all_that_an_installed_package_needs(tmp_path: Path) -> No
         str(file.relative_to(ROOT)) for file in (ROOT / "ssl_c2f").rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert {f"ssl_c2f/{name}" for name in ("py.typed", "report/page.js", "report/page.css")} < package and configs
+    others = ("py.typed", "report/page.js", "report/page.css", "released/c2f_nano/model.safetensors")
+    assert {f"ssl_c2f/{name}" for name in others} < package and configs
     assert configs | package == {name for name in names if name.startswith("ssl_c2f/")}
+    assert wheel.stat().st_size < 15e6
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)

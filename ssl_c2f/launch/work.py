@@ -24,7 +24,7 @@ from ssl_c2f.tasks.finetune import UNSPLIT, FinetuneOptions, check_origin, check
 from ssl_c2f.train.engine import check_options
 from ssl_c2f.train.plan import make_plan
 from ssl_c2f.train.recipe import RunOptions
-from ssl_c2f.train.weights import Weights, find_checkpoint, find_published, load_weights, results_folder
+from ssl_c2f.train.weights import Weights, find_checkpoint, find_published, load_weights, locate, results_folder
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_runs(arguments: argparse.Namespace, world: int) -> tuple[Path, list[Run
     Raises:
         UserError: what the first job would complain about.
     """
-    ckpt: Path | None = arguments.ckpt.resolve() if "ckpt" in arguments else None
+    ckpt: Path | None = locate(arguments.ckpt).resolve() if "ckpt" in arguments else None
     if ckpt and arguments.command == "evaluate":
         return _evaluation(arguments, ckpt)
     variants = _variants(arguments)

@@ -18,7 +18,7 @@ from ssl_c2f.data.front_end import Statistics
 from ssl_c2f.models.published import AUDIOSET
 from ssl_c2f.tasks.hub import AudioModel
 from ssl_c2f.train.recipe import Recipe
-from ssl_c2f.train.weights import Weights, load_weights
+from ssl_c2f.train.weights import Weights, load_weights, locate, released
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads; as DeiT's (Touvron et al., ICML 2021)
 _AST: Mapping[str, Any] = {"class_tokens": 2, "positions": "learned"}
@@ -29,8 +29,9 @@ _KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """The encoders that `create_model` makes with random weights, 12 blocks deep over 128 mel bins."""
-    return [f"{kind}_{size}" for kind in _KINDS for size in _SIZES]
+    """What `create_model` knows by name: first the pretrained encoders that come with the package (`c2f_...`), then
+    those that it makes with random weights, 12 blocks deep over 128 mel bins."""
+    return [*released(), *(f"{kind}_{size}" for kind in _KINDS for size in _SIZES)]
 
 
 def create_model(
@@ -41,13 +42,13 @@ def create_model(
     Args:
         name: a path that --ckpt takes (run, checkpoint, published file, folder of transformers'), a name of
             `list_models`, or a repository on the Hub (`user/name`).
-        classes: of a name's classifier; () makes the encoder alone. The rest is about names alone too.
+        classes: of a classifier with random weights; () makes the encoder alone. The rest is about random weights too.
 
     Raises:
         UserError: no such model, or what `load_weights` refuses.
     """
-    if Path(name).exists():
-        return AudioModel(load_weights(Path(name))).eval()
+    if (path := locate(name)).exists():
+        return AudioModel(load_weights(path)).eval()
     if name in list_models():
         return AudioModel(_random(str(name), tuple(classes), clip_seconds, seed)).eval()
     if str(name).count("/") == 1 and not str(name).startswith((".", "/")):

@@ -28,6 +28,7 @@ from ssl_c2f.train.checkpoint_state import CheckpointState
 from ssl_c2f.train.recipe import Recipe
 
 Which = Literal["auto", "model", "ema"]
+RELEASED = Path(__file__).resolve().parents[1] / "released"  # NAME/, a checkpoint in half precision that comes with us
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +92,24 @@ class Weights(CheckpointState):
         return RunFolder(results_folder(Path(self.origin)))
 
 
+def released() -> list[str]:
+    """Names of the encoders that come with the package."""
+    return sorted(folder.name for folder in RELEASED.iterdir())
+
+
+def locate(name: str | Path) -> Path:
+    """The path that `name` means: itself where it exists, else the folder of the released encoder of that name."""
+    return RELEASED / name if str(name) in released() and not Path(name).exists() else Path(name)
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, its model.safetensors, a phase (its newest), or a run (the
-    newest of its furthest phase).
+    """The checkpoint folder that `path` means: itself, its model.safetensors, a phase (its newest), a run (the newest
+    of its furthest phase), or a released encoder by name.
 
     Raises:
         UserError: there is none.
     """
+    path = locate(path)
     if path.is_file() and (path.parent / "state.json").exists():
         return path.parent
     if (path / "state.json").exists():
@@ -122,7 +134,10 @@ def find_published(path: Path) -> Path | None:
 
 def results_folder(origin: Path) -> Path:
     """Where results of weights go: runs/NAME of runs/NAME/phases/0-coarse/checkpoints/step-00000001, FOLDER of
-    FOLDER/checkpoints/step-00000000 (what `convert` writes), and runs/NAME of a published file NAME.pth."""
+    FOLDER/checkpoints/step-00000000 (what `convert` writes), runs/NAME of a published file NAME.pth, and
+    runs/released/NAME of a released encoder, as runs/NAME is what pretraining anew with its config writes."""
+    if origin.parent == RELEASED:
+        return Path("runs/released") / origin.name
     if origin.is_file():
         return Path("runs") / (origin.parent.name if origin.stem in ("model", "pytorch_model") else origin.stem)
     inside = RunFolder.of(origin) or PhaseFolder.of(origin)
@@ -130,7 +145,7 @@ def results_folder(origin: Path) -> Path:
 
 
 def load_weights(path: Path, which: Which = "auto") -> Weights:
-    """Load a checkpoint, ours or published; `auto` takes the EMA where there is one.
+    """Load a checkpoint, ours, published or released by name, in fp32; `auto` takes the EMA where there is one.
 
     Raises:
         UserError: no checkpoint there, it is damaged, or it has no moving average.
@@ -141,7 +156,8 @@ def load_weights(path: Path, which: Which = "auto") -> Weights:
     saved = checkpoint.load(folder, training=False)
     if which == "ema" and saved.ema is None:
         raise UserError(f"{folder} has no moving average of the weights: use weights=model")
-    tensors = saved.ema if saved.ema is not None and which != "model" else saved.model
+    stored = saved.ema if saved.ema is not None and which != "model" else saved.model
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
     return Weights(**vars(CheckpointState.read(saved.state, folder)), tensors=tensors, origin=str(folder))
 
 
@@ -153,7 +169,8 @@ def initial_weights(name: str) -> Weights:
     Raises:
         UserError: nothing of that name, it cannot be fetched, or what `load_weights` refuses.
     """
-    weights = load_weights(Path(name)) if Path(name).exists() else _from_timm(name)
+    path = locate(name)
+    weights = load_weights(path) if path.exists() else _from_timm(name)
     return replace(weights, statistics={}) if weights.source.get("kind") == published.TIMM.name else weights
 
 
