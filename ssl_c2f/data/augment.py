@@ -58,10 +58,9 @@ def mixup_share(key: Tensor, options: AugmentOptions) -> float:
     return float(np.random.default_rng(draws.seed(int(key), "share")).beta(options.mixup_alpha, options.mixup_alpha))
 
 
-def _band(keys: Tensor, name: str, longest: int, length: Tensor | int, size: int) -> Tensor:
-    """(B, size) bool: a band of 0 ... `longest` cells placed anywhere within the first `length`."""
-    width = draws.integers(draws.key(keys, name, "width"), longest + 1)
-    width = torch.minimum(width, torch.as_tensor(length, device=keys.device))
+def _band(keys: Tensor, name: str, longest: int, length: Tensor, size: int) -> Tensor:
+    """(B, size) bool: a band of 0 ... `longest` cells placed anywhere within the first `length` (B,)."""
+    width = draws.integers(draws.key(keys, name, "width"), longest + 1).minimum(length)
     start = draws.integers(draws.key(keys, name, "start"), length - width + 1)[:, None]
     cells = torch.arange(size, device=keys.device)
     return (cells >= start) & (cells < start + width[:, None])
@@ -86,5 +85,6 @@ def spec_augment(spec: Tensor, num_frames: Tensor, keys: Tensor, freq_mask: int,
     if time_mask:
         hidden = hidden | _band(keys, "time", time_mask, num_frames, spec.shape[1])[:, :, None]
     if freq_mask:
-        hidden = hidden | _band(keys, "frequency", freq_mask, spec.shape[2], spec.shape[2])[:, None]
+        bins = torch.full_like(num_frames, spec.shape[2])
+        hidden = hidden | _band(keys, "frequency", freq_mask, bins, spec.shape[2])[:, None]
     return spec.masked_fill(hidden, 0.0)

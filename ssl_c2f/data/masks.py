@@ -67,6 +67,11 @@ def num_masked(num_tokens: int, ratio: float) -> int:
     return min(max(round(ratio * num_tokens), 1), max(num_tokens - 1, 0))
 
 
+def _count(num_tokens: Tensor, ratio: float) -> Tensor:
+    """`num_masked` of (B,) int64, where they are: a table would have to be copied to the device for each draw."""
+    return (num_tokens.double() * ratio).round().long().clamp(min=1).minimum((num_tokens - 1).clamp(min=0))
+
+
 def draw_mask(
     keys: Tensor, grid: tuple[int, int], tokens_t: Tensor, shape: Shape, ratio: float, size: tuple[int, int],
     size_t: tuple[int, int] | None = None,
@@ -96,8 +101,7 @@ def draw_mask(
         raise ValueError("a grid of one token cannot be masked: use smaller patches or a smaller time factor")
 
     valid = (torch.arange(columns, device=keys.device) < tokens_t[:, None]).repeat(1, rows)
-    counts = torch.tensor([num_masked(rows * t, ratio) for t in range(columns + 1)])
-    count = counts.to(keys.device, non_blocking=True)[tokens_t][:, None]
+    count = _count(rows * tokens_t, ratio)[:, None]
     if shape == "one_way_cluster":
         score = _one_way_score(keys, grid, tokens_t, count, size, size_t)
     else:

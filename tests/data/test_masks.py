@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_c2f.core import draws
 from ssl_c2f.curriculum.phases import Shape
-from ssl_c2f.data.masks import Mask, MaskOptions, _spread, draw_mask, num_masked
+from ssl_c2f.data.masks import Mask, MaskOptions, _count, _spread, draw_mask, num_masked
 
 SHAPES = get_args(Shape)
 GRIDS = [(8, 16), *(pytest.param(grid, marks=pytest.mark.slow) for grid in [(8, 64), (1, 512)])]
@@ -25,6 +25,13 @@ settings = hypothesis_settings(max_examples=60, deadline=None)
 grids = st.tuples(st.integers(1, 6), st.integers(1, 24)).filter(lambda grid: grid[0] * grid[1] > 1)
 ratios = st.floats(0, 1, exclude_min=True, exclude_max=True)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda pair: (min(pair), max(pair)))
+
+
+@settings
+@given(ratio=ratios)
+def test_counts_on_a_device_are_those_of_python(ratio: float) -> None:
+    tokens = torch.arange(600)
+    assert _count(tokens, ratio).tolist() == [num_masked(n, ratio) for n in tokens.tolist()]
 
 
 def draw(

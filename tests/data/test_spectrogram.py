@@ -79,6 +79,12 @@ def test_equals_kaldi_on_real_recordings() -> None:
         torch.testing.assert_close(fbank()(waveform)[0], kaldi(waveform), rtol=0, atol=1e-5)
 
 
+def test_a_clip_is_the_same_in_any_batch() -> None:
+    waveforms = torch.stack(list(sounds().values()))
+    for waveform, spec in zip(waveforms, fbank()(waveforms), strict=True):
+        assert torch.equal(fbank()(waveform[None])[0], spec) and torch.equal(fbank()(waveform), spec)
+
+
 @settings(max_examples=30, deadline=None)
 @given(samples=st.integers(WINDOW, 4 * WINDOW), factor=st.integers(1, 6), seed=st.integers(0, 99))
 def test_a_longer_hop_gives_every_cth_frame(samples: int, factor: int, seed: int) -> None:
