@@ -37,23 +37,32 @@ def _mix_integer(x: int) -> int:
     return x - 2**64 if x >> 63 else x
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilation would stop at zlib
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _hash(*parts: int | str | Tensor) -> int:
+    state = 0
+    for part in parts:
+        state = _mix_integer(state * 31 + (_number(part) if isinstance(part, str) else int(part)) + _GOLDEN)
+    return state
+
+
 def key(*parts: int | str | Tensor) -> Tensor:
     """Hash integers, names and int64 tensors (broadcast against each other) into int64 keys of their common shape.
 
     >>> key(0, torch.arange(4), "mask").shape
     torch.Size([4])
     """
-    state: int | Tensor = 0
-    for part in parts:
-        if isinstance(part, str):
-            part = zlib.crc32(part.encode())
-        if isinstance(part, Tensor) and isinstance(state, int):
-            state = torch.full((), state, dtype=torch.int64, device=part.device)
-        if isinstance(state, Tensor):
-            state = _mix(state * 31 + part + _GOLDEN)
-        else:
-            state = _mix_integer(state * 31 + int(part) + _GOLDEN)
-    return state if isinstance(state, Tensor) else torch.tensor(state, dtype=torch.int64)
+    tensors = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
+    if not tensors:
+        return torch.tensor(_hash(*parts), dtype=torch.int64)
+    first = parts[tensors[0]]
+    state = torch.full((), _hash(*parts[: tensors[0]]), dtype=torch.int64, device=first.device)  # type: ignore[union-attr]
+    for part in parts[tensors[0] :]:
+        state = _mix(state * 31 + (_number(part) if isinstance(part, str) else part) + _GOLDEN)
+    return state
 
 
 def uniform(keys: Tensor, n: int) -> Tensor:
@@ -72,6 +81,11 @@ def integers(keys: Tensor, high: Tensor | int) -> Tensor:
     return bits % high
 
 
+def integer(high: int, *parts: int | str | Tensor) -> int:
+    """`integers(key(*parts), high)` of numbers, which need no tensors: in a tenth of the time."""
+    return (_mix_integer(_hash(*parts) + _GOLDEN) % 2**64 >> 33) % high
+
+
 def seed(*parts: int | str) -> int:
     """A non-negative 63-bit seed for a generator that wants one number."""
-    return int(key(*parts)) & 0x7FFFFFFFFFFFFFFF
+    return _hash(*parts) & 0x7FFFFFFFFFFFFFFF

@@ -50,6 +50,13 @@ def test_a_clip_does_not_depend_on_the_rest_of_the_batch(seed: int, clips: list[
         assert draws.integers(keys, high)[i] == draws.integers(alone, int(high[i]))
 
 
+@given(parts=st.lists(words, min_size=1, max_size=3), high=st.integers(1, 2**31))
+def test_numbers_are_drawn_as_tensors_are(parts: list[int], high: int) -> None:
+    expected = int(draws.integers(draws.key(*parts, "crop"), high))
+    assert draws.integer(high, *parts, "crop") == expected
+    assert draws.integer(high, torch.tensor(parts[0]), *parts[1:], "crop") == expected
+
+
 def test_keys_broadcast() -> None:
     keys = draws.key(torch.arange(3)[:, None], 5, torch.arange(4))
     assert keys.shape == (3, 4) and keys.dtype == torch.int64
