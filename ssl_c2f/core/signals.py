@@ -41,13 +41,14 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator[None]:
-        """Catch the signals, but for those that this process was told to ignore (as nohup does); a second one of a kind
-        acts as if nobody listened."""
+        """Catch the signals, but for a SIGHUP that this process was told to ignore (as nohup does); a second one of a
+        kind acts as if nobody listened. A SIGINT that is ignored is caught: jobs of this machine begin like that."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in signals}
-        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        if before.get(signal.SIGHUP) == signal.SIG_IGN:
+            del before[signal.SIGHUP]
 
         def handle(number: int, frame: object) -> None:
             self.signum = number

@@ -98,7 +98,7 @@ def test_a_phase_that_raises_takes_its_children_along(begun: Begun) -> None:
     run = begun.failing
     run.finish(200)
     coarse, fine = jobs_of(run.path)
-    assert coarse.failed and coarse.error.startswith("UserError: 1 steps had a non-finite loss")
+    assert coarse.failed and coarse.error.startswith("UserError: 1 steps had a loss that is not finite")
     assert fine.failed and fine.state.startswith("CANCELLED")
     assert coarse.log.exists()
     status, said = launch("status", run.path)
