@@ -42,7 +42,7 @@ def read_out(
     x = tokens[:, prefix:]
     weight = torch.ones_like(x[..., :1]) if valid is None else valid[..., None].to(x.dtype)
     if kind.startswith("bands"):  # every row as if it were a clip of its own
-        weight = weight.expand(len(x), -1, -1)
+        weight = weight.expand(x.shape[0], -1, -1)
         x, weight = (rearrange(v, "b (t r c) d -> (b r) (t c) d", t=layout[0], r=layout[1]) for v in (x, weight))
     count = weight.sum(1)
     mean = (x * weight).sum(1) / count
@@ -50,7 +50,9 @@ def read_out(
     if kind.endswith("std"):
         variance = ((x - mean[:, None]).square() * weight).sum(1) / count
         parts.append(variance.clamp(min=1e-12).sqrt())
-    return torch.cat([part.view(len(tokens), -1) for part in parts], dim=-1)
+    if kind.startswith("bands"):
+        parts = [rearrange(part, "(b r) d -> b (r d)", r=layout[1]) for part in parts]
+    return torch.cat(parts, dim=-1)
 
 
 class Head(nn.Module):

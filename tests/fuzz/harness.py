@@ -185,6 +185,9 @@ def _watch(event: str, arguments: tuple[Any, ...], folder: Path, outside: list[s
     for path in paths if changes else ():
         if isinstance(path, str | bytes | os.PathLike):
             place = os.path.realpath(os.fsdecode(path))
+            if event in ("os.rename", "os.remove"):  # of a link itself, not of what it points to
+                parent, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                place = os.path.join(os.path.realpath(parent), name)
             if not f"{place}/".startswith((f"{folder}/", "/dev/null/", "/dev/shm/", f"/proc/{os.getpid()}/")):
                 outside.append(place)
 

@@ -83,8 +83,9 @@ def wrong(case: Case, outcomes: list[Outcome], good: dict[str, bytes]) -> Iterat
     if embed.status == 0 and not np.isfinite(np.load(case.folder / "f.npz")["features"]).all():
         yield "embed: not finite"
     if pretrain.status == 0:
-        made = weights(case.folder / "run")
         newest = [name for name in good if name.startswith("phases/1-fine/")]
+        files = {name: case.folder / "run" / name for name in newest}
+        made = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
         if differ := [name for name in newest if made.get(name) != good[name]]:
             yield f"pretrain: exit status 0, and other content of {differ[0]}: {pretrain.err[-300:]}"
     for parent, _, files in os.walk(case.folder):

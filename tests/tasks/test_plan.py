@@ -41,17 +41,17 @@ def test_each_phase_is_measured_for_itself(
 ) -> None:
     monkeypatch.setattr("ssl_c2f.tasks.plan._ROUNDS", 1)
     phases = [
-        {"name": "large", "steps": 1000, "batch_size": 300}, {"name": "small", "steps": 500, "batch_size": 4},
+        {"name": "large", "steps": 1000, "batch_size": 1500}, {"name": "small", "steps": 500, "batch_size": 4},
     ]
     words = ["train.max_batch_per_device=null", "augment.mixup_prob=0", f"train.device={device}"]
     began = time.perf_counter()
     large, small, total = measured([f"phases={json.dumps(phases)}", *words], tmp_path, capsys)
     (column,) = (name for name in large if name.startswith("peak memory"))
     memory = [float(row[column].removesuffix(" GiB")) for row in (large, small)]
-    assert [row["clips at a time"] for row in (large, small)] == ["300", "4"]
+    assert [row["clips at a time"] for row in (large, small)] == ["1500", "4"]
     assert memory[0] > memory[1] + 0.08, "the second phase's is its own"
     assert memory[1] > 0 or device == "cuda"  # where libraries do not count, next to nothing is there
-    hours = [float(row["ms per clip"]) / 3.6e6 * clips for row, clips in ((large, 300_000), (small, 2000))]
+    hours = [float(row["ms per clip"]) / 3.6e6 * clips for row, clips in ((large, 1_500_000), (small, 2000))]
     assert [float(row["hours"]) for row in (large, small)] == pytest.approx(hours, abs=0.006, rel=0.01)
     assert 0.3 * float(large["ms per clip"]) < time.perf_counter() - began
     assert float(total["total"]) == pytest.approx(sum(hours), abs=0.01, rel=0.01)
